@@ -1,0 +1,120 @@
+"""The developer's door: `python dev.py {demo,test,serve,bench} [...]`. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from devkit import setup
+from devkit.paths import ROOT
+
+BENCH = ROOT / "bench"
+PROMPTS = ROOT / "demo" / "prompts.txt"
+
+
+def main() -> int:
+    arguments, rest = _parser().parse_known_args()
+    if rest and arguments.command != "test":
+        _parser().error(f"unknown arguments for {arguments.command}: {' '.join(rest)}")
+    # Paths on the command line are the caller's; everything below runs in the root.
+    started_in = Path.cwd()
+    try:
+        python = str(setup.ensure(arguments.use_installed_torch))
+        if arguments.command == "test":
+            return test(python, rest)
+        checkpoint = demo_checkpoint(python)
+        if arguments.command == "demo":
+            out = started_in / arguments.out
+            return run([python, "-m", "demo.run", "--checkpoint", checkpoint, "--out", str(out)])
+        if arguments.command == "serve":
+            return run([python, "-m", "demo.serve", "--checkpoint", checkpoint, "--port", str(arguments.port)])
+        return bench(python, checkpoint, arguments, started_in)
+    except setup.SetupError as error:
+        print(f"dev.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def test(python: str, pytest_arguments: list[str]) -> int:
+    """Lint, format, types, then the tests; every step runs, and the tests come last."""
+    demo_checkpoint(python)
+    checks = {
+        "ruff check": [python, "-m", "ruff", "check", "."],
+        "ruff format": [python, "-m", "ruff", "format", "--check", "."],
+        "mypy": [python, "-m", "mypy"],
+    }
+    failed = []
+    for name, command in checks.items():
+        print(f"== {name}", flush=True)
+        if run(command) != 0:
+            failed.append(name)
+    print("== pytest", flush=True)
+    if failed:
+        print(f"failed before the tests: {', '.join(failed)}", flush=True)
+    return run([python, "-m", "pytest", *pytest_arguments]) or int(bool(failed))
+
+
+def bench(python: str, checkpoint: str, arguments: argparse.Namespace, started_in: Path) -> int:
+    """Run `bench/NAME.py` with the demo checkpoint and the demo prompts where none are given."""
+    known = sorted(path.stem for path in BENCH.glob("[a-z]*.py"))
+    if arguments.name not in known:
+        print(
+            f"dev.py: there is no benchmark {arguments.name!r}; there is: {', '.join(known) or 'none yet'}.",
+            file=sys.stderr,
+        )
+        return 2
+    command = [python, "-m", f"bench.{arguments.name}", "--device", arguments.device]
+    command += ["--checkpoint", _existing(started_in, arguments.checkpoint) or checkpoint]
+    command += ["--prompts", _existing(started_in, arguments.prompts) or str(PROMPTS)]
+    if arguments.json:
+        command += ["--json", str(started_in / arguments.json)]
+    return run(command)
+
+
+def demo_checkpoint(python: str) -> str:
+    """Path of the demo checkpoint, assembled where it is missing or out of date."""
+    answer = subprocess.run([python, "-m", "demo.checkpoint"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if answer.returncode != 0:
+        raise setup.SetupError(
+            "The demo checkpoint could not be assembled (the reason is above): mend that and run again."
+        )
+    return answer.stdout.strip().splitlines()[-1]
+
+
+def run(command: list[str]) -> int:
+    return subprocess.call(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+
+def _existing(started_in: Path, given: str | None) -> str | None:
+    if given is None:
+        return None
+    path = started_in / given
+    if not path.is_file():
+        raise setup.SetupError(f"There is no file {path}: give the path of an existing file.")
+    return str(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dev.py", description=__doc__)
+    parser.add_argument("--use-installed-torch", action="store_true", help="let a new .venv use this Python's torch")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="quantize the demo checkpoint in a real ComfyUI; pictures and report")
+    demo.add_argument("--out", default="out", metavar="DIR", help="where pictures and report go (default: out)")
+    commands.add_parser("test", help="ruff, mypy, pytest; further arguments go to pytest")
+    serve = commands.add_parser("serve", help="ComfyUI in the browser with the pack and the demo checkpoint")
+    serve.add_argument("--port", type=int, default=8188)
+    bench = commands.add_parser("bench", help="run a benchmark of bench/")
+    bench.add_argument("name")
+    bench.add_argument("--checkpoint", metavar="FILE", help="an SD1.5-format checkpoint (default: the demo's)")
+    bench.add_argument("--prompts", metavar="FILE", help="a text file, one prompt per line (default: the demo's)")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    bench.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What several tests need; imported as `support` (tests/ is on the path)."""

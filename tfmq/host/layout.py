@@ -1,0 +1,73 @@
+"""The weight of a leaf as ComfyUI sees it: a QuantizedTensor that it can stream, move, clone, patch and save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
+from comfy_kitchen.tensor.base import BaseLayoutParams
+from torch import Tensor
+
+from ..quantizer import channel_scale, dequantize_weight, per_channel, quantize_weight
+from ..solve import LayerState
+
+NAME = "TFMQInt8Layout"
+
+
+class Int8Layout(QuantizedLayout):
+    """int8 codes [N, K, ...], one float32 scale per output channel, one balance factor per input channel."""
+
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        """scale: float32 [N]. balance: float32 [K], or [1] holding 1 where the layer is not balanced."""
+
+        balance: Tensor
+
+        def _tensor_fields(self) -> list[str]:
+            return ["scale", "balance"]
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        """Float weight -> codes and parameters. With `like` (the tensor that `tensor` came from by a patch) its scale
+        and balance are kept, so that every entry that the patch left alone keeps its code."""
+        like: QuantizedTensor | None = options.get("like")
+        if like is None:
+            balance = torch.ones(1, dtype=torch.float32, device=tensor.device)
+            scale = channel_scale(tensor)
+        else:
+            balance, scale = like._params.balance.to(tensor.device), like._params.scale.to(tensor.device)
+        balanced = tensor.float() * per_channel(balance, tensor.dim(), 1)
+        dtype = tensor.dtype if like is None else like._params.orig_dtype
+        params = cls.Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(tensor.shape), balance=balance)
+        return quantize_weight(balanced, scale), params
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        weight = dequantize_weight(qdata, params.scale)
+        return weight.div_(per_channel(params.balance, weight.dim(), 1)).to(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
+        return qtensor._qdata, qtensor._params.scale, qtensor._params.balance
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        return {"": qdata, "_scale": params.scale, "_balance": params.balance}
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
+        return {"like": qtensor}
+
+
+register_layout_class(NAME, Int8Layout)
+
+
+def quantized_tensor(state: LayerState, dtype: torch.dtype) -> QuantizedTensor:
+    """The weight of a solved layer; dtype: what it stands for (that of the float model)."""
+    balance = torch.ones(1, device=state.codes.device) if state.balance is None else state.balance
+    params = Int8Layout.Params(
+        scale=state.scale, orig_dtype=dtype, orig_shape=tuple(state.codes.shape), balance=balance
+    )
+    return QuantizedTensor(state.codes, NAME, params)

@@ -1,0 +1,189 @@
+"""The leaves as ComfyUI's patcher wants them: a module without children, one weight, one bias, castable.
+
+How a weight is streamed, patched and evicted is the host's business; what it asks of a leaf for that is in
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.model_patcher import LowVramPatch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.geometry import Geometry
+from ..leaf import LeafCore
+from ..solve import LayerState
+from ..timeline import Clock
+from .layout import quantized_tensor
+from .residual import Residual
+
+
+class _WithoutPatches(list):
+    """Weight functions, less the merging of patches: a patch is in `residuals` already and would count twice."""
+
+    def append(self, function: Any) -> None:
+        if not isinstance(function, LowVramPatch):
+            super().append(function)
+
+    def extend(self, functions: Iterable[Any]) -> None:
+        for function in functions:
+            self.append(function)
+
+
+class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, state: LayerState, geometry: Geometry, clock: Clock, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(state, geometry, clock)
+        self.weight = nn.Parameter(quantized_tensor(state, dtype), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.weight_function = []
+        self.bias_function: list[Any] = []  # the host extends it in place, so it must not be the class's own
+        # LoRA deltas that came after quantization; owned by `lora.reconcile`.
+        self.residuals: tuple[Residual, ...] = ()
+        self._codes: QuantizedTensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        comfy.ops.run_every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
+            compute_dtype=x.dtype, want_requant=True,
+        )  # fmt: skip
+        if isinstance(weight, QuantizedTensor):
+            y = self.compute(x, self.weight, weight._qdata, weight._params.scale, bias)
+        else:  # another pack's weight function, or a hooked LoRA: the host hands over a float weight
+            y = self.float_forward(x, weight.to(x.dtype), bias)
+        for residual in self.residuals:
+            y = y + self.residual_forward(x, residual)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    @property
+    def weight_function(self) -> list[Any]:
+        """What the host runs over the weight at every call; its own merge of a patch is not taken in."""
+        return self._weight_function
+
+    @weight_function.setter
+    def weight_function(self, functions: list[Any]) -> None:
+        self._weight_function = _WithoutPatches()
+        self._weight_function.extend(functions)
+
+    @property
+    def weight_lowvram_function(self) -> None:
+        """The same for dynamic loading."""
+        return None
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, function: Any) -> None:
+        pass
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def residual_forward(self, x: Tensor, residual: Residual) -> Tensor:
+        raise NotImplementedError
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
+        """Called by the host before it merges a patch."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(
+        self,
+        weight: Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **_: Any,
+    ) -> Tensor | None:
+        """Called by the host with the merged float weight.
+
+        Asked to return it (when saving) we round the merged weight on the old scale. During a load we keep the codes:
+        `lora.reconcile`, which runs when the load is complete, adds the patch as a residual. What is left is a hooked
+        LoRA that comes and goes between two calls: for as long as it is on, the layer computes in float.
+        """
+        own = self.weight
+        assert isinstance(own, Tensor)
+        if return_weight:
+            codes = own if isinstance(own, QuantizedTensor) else self._codes
+            assert codes is not None
+            return codes.requantize_from_float(weight)
+        if inplace_update:
+            if isinstance(own, QuantizedTensor):
+                self._codes = own.data if isinstance(own.data, QuantizedTensor) else own
+            self.weight = nn.Parameter(weight.to(own.dtype), requires_grad=False)
+        return None
+
+    def restore_codes(self) -> None:
+        """Back from the float weight of a hooked LoRA to the codes."""
+        if self._codes is not None:
+            if not isinstance(self.weight, QuantizedTensor):
+                self.weight = nn.Parameter(self._codes.to(self.weight.device), requires_grad=False)
+            self._codes = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _HostLeaf:
+        # nn.Module._apply swaps `param.data`, which a wrapper subclass does not take.
+        for name, param in self._parameters.items():
+            if param is not None:
+                moved = fn(param)
+                if moved.is_inference() and not torch.is_inference_mode_enabled():
+                    moved = moved.clone()
+                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                # A cast of the model must not touch the tables: the kernels want them as they are.
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        self.residuals = tuple(r.to(self.weight.device) for r in self.residuals)
+        return self
+
+
+class QuantLinear(_HostLeaf):
+    """Stands in for a Linear; same attributes, same keys."""
+
+    def __init__(self, module: nn.Linear, state: LayerState, geometry: Geometry, clock: Clock, **own: Any) -> None:
+        super().__init__(state, geometry, clock, **own)
+        self.in_features = module.in_features
+        self.out_features = module.out_features
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def residual_forward(self, x: Tensor, residual: Residual) -> Tensor:
+        return residual.linear(x)
+
+
+class QuantConv2d(_HostLeaf):
+    """Stands in for a Conv2d; same attributes, same keys."""
+
+    def __init__(self, module: nn.Conv2d, state: LayerState, geometry: Geometry, clock: Clock, **own: Any) -> None:
+        super().__init__(state, geometry, clock, **own)
+        for name in (
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+        ):  # fmt: skip
+            setattr(self, name, getattr(module, name))
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def residual_forward(self, x: Tensor, residual: Residual) -> Tensor:
+        return residual.conv2d(x, self.geometry)
+
+
+def make_leaf(
+    module: nn.Module, state: LayerState, geometry: Geometry, clock: Clock, bias: Tensor | None, dtype: torch.dtype
+) -> QuantLinear | QuantConv2d:
+    """The leaf for `module`. bias: float [N] or None; dtype: that of the float weight."""
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module, state, geometry, clock, bias=bias, dtype=dtype)
+    assert isinstance(module, nn.Linear)
+    return QuantLinear(module, state, geometry, clock, bias=bias, dtype=dtype)

@@ -1,0 +1,150 @@
+"""What can be said about a MODEL: is it one that we can work on, which one is it, what are its layers and its time."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ..errors import TfmqError
+from ..temporal.tib import boundary_layers, find_tib
+from ..timeline import TimeAxis
+
+PREFIX = "diffusion_model."
+ATTACHMENT = "tfmq"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SAMPLES = 64  # entries of each tensor that enter a fingerprint
+
+
+def require_float_model(patcher: Any) -> nn.Module:
+    """The network inside a MODEL in float, with nothing of another clone left in it.
+
+    Raises TfmqError if this is no diffusion model or its weights are quantized already.
+    """
+    model = getattr(patcher, "model", None)
+    network = getattr(model, "diffusion_model", None)
+    if not isinstance(patcher, ModelPatcher) or not isinstance(network, nn.Module):
+        raise TfmqError(
+            "The model input is not a diffusion MODEL: connect the MODEL output of a checkpoint or diffusion model "
+            "loader."
+        )
+    if patcher.attachments.get(ATTACHMENT) is not None:
+        raise TfmqError("This MODEL is already quantized by TFMQ: connect the one that goes into TFMQ Quantize.")
+    if "diffusion_model" in patcher.object_patches or PREFIX[:-1] in patcher.model_options.get("torch_compile", {}):
+        raise TfmqError("This MODEL is compiled: put torch.compile behind TFMQ Quantize, not before it.")
+    # Another clone may have its leaves or its merged LoRA in the shared modules at this moment.
+    comfy.model_management.unload_model_and_clones(patcher)
+    for path, module in network.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) or hasattr(module, "comfy_cast_weights"):
+            kind = _quantized_kind(weight)
+            if kind is not None:
+                raise TfmqError(
+                    f"This MODEL is already quantized ({kind} in layer {path}): load the 16-bit version of it and "
+                    "quantize that."
+                )
+    return network
+
+
+def _quantized_kind(weight: Any) -> str | None:
+    if isinstance(weight, QuantizedTensor):
+        return weight._layout_cls
+    if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
+        return str(weight.dtype).removeprefix("torch.")
+    if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):
+        return type(weight).__name__
+    return None
+
+
+def candidates(network: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of every Linear and Conv2d of the network."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "weight", None) is not None
+    }
+
+
+def kept_in_float(network: nn.Module) -> dict[str, str]:
+    """Path -> why this layer is not quantized whatever the recipe: the temporal path, the first and the last layer."""
+    keep = {path: f"temporal path (depends on {on} alone)" for path, on in find_tib(network).layers.items()}
+    return keep | {path: f"{which} layer" for path, which in boundary_layers(network).items()}
+
+
+def time_axis(patcher: ModelPatcher) -> TimeAxis:
+    """The span of the timesteps that the network can receive."""
+    sampling = patcher.get_model_object("model_sampling")
+    low, high = (float(sampling.timestep(torch.as_tensor(s).float())) for s in (sampling.sigma_min, sampling.sigma_max))
+    return TimeAxis(min(0.0, low), high)
+
+
+def sampling_kind(patcher: ModelPatcher) -> str:
+    """What the network predicts and what its timesteps are, e.g. "EPS+ModelSamplingDiscrete"; no shift, no schedule."""
+    local = {"ModelSampling", "ModelSamplingAdvanced", "Module", "object"}
+    names = {c.__name__ for c in type(patcher.get_model_object("model_sampling")).__mro__} - local
+    return "+".join(sorted(names))
+
+
+def float_weight(patcher: ModelPatcher, key: str, count: int | None = None) -> Tensor:
+    """A parameter with the patcher's patches merged (the first `count` of them), on the load device of the model.
+
+    key: as in the model's state dict. The model must not be loaded by a clone (`require_float_model`).
+    """
+    weight: Tensor = _attribute(patcher.model, key)
+    patches = patcher.patches.get(key, [])[:count]
+    if not patches:
+        return weight.detach().to(patcher.load_device)
+    merged = weight.detach().to(patcher.load_device, torch.float32, copy=True)
+    # The model's own weight keeps its precision; a merge in float32 is rounded once, by the quantizer.
+    return comfy.lora.calculate_weight(patches, merged, key)
+
+
+def fingerprint(patcher: ModelPatcher) -> str:
+    """Hash of the weights (sampled) and of the patches on them; equal after a reload, different for another LoRA."""
+    digest = hashlib.sha256()
+    for key, weight in sorted(patcher.model.diffusion_model.state_dict().items()):
+        digest.update(f"{key}{tuple(weight.shape)}".encode())
+        update_digest(digest, weight, SAMPLES)
+    for key in sorted(patcher.patches, key=str):
+        for strength, value, strength_model, offset, _ in patcher.patches[key]:
+            digest.update(f"{key}{strength}{strength_model}{offset}".encode())
+            update_digest(digest, value, SAMPLES)
+    return digest.hexdigest()
+
+
+def update_digest(digest: Any, value: Any, samples: int | None = None) -> None:
+    """Hash tensors by content (all of it, or `samples` entries spread over it), containers by theirs."""
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1)
+        if samples is not None and flat.numel() > samples:
+            flat = flat[:: flat.numel() // samples]
+        digest.update(f"{tuple(value.shape)}".encode())
+        digest.update(flat.double().cpu().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            update_digest(digest, value[key], samples)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            update_digest(digest, item, samples)
+    elif isinstance(value, (str, int, float, bool, type(None))):
+        digest.update(repr(value).encode())
+    elif hasattr(value, "weights"):  # a weight adapter
+        digest.update(type(value).__name__.encode())
+        update_digest(digest, value.weights, samples)
+    else:
+        digest.update(type(value).__qualname__.encode())
+
+
+def _attribute(root: nn.Module, key: str) -> Any:
+    value: Any = root
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,229 @@
+"""TFMQ Save and TFMQ Load: a quantized network as one file in ComfyUI's model folders.
+
+Beside the float parameters, under the model's own names: `X.weight` int8 codes, `X.weight_scale`, `X.weight_balance`,
+`X.tfmq_act_scale`, `X.tfmq_act_zero_point`. Linear layers also carry a `X.comfy_quant` that names a format of ours, so
+that a host without this pack stops with an error instead of taking codes for weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ..errors import TfmqError
+from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
+from ..kernels.geometry import Geometry, geometry_of
+from ..scheme import Plan
+from ..solve import LayerState
+from ..timeline import Clock, Partition, TimeAxis
+from .leaf import make_leaf
+from .model import PREFIX, sampling_kind
+from .swap import Quantized, attach, backends_of, require_quantized
+
+FOLDER = "diffusion_models"
+FORMAT = {"format": "tfmq_int8"}
+PARTS = ("weight_scale", "weight_balance", "tfmq_act_scale", "tfmq_act_zero_point")
+
+
+def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
+    """Write a quantized MODEL. LoRAs that came after quantization are not part of it. Returns the file.
+
+    Raises TfmqError for a MODEL that is not ours, or a folder that cannot be written.
+    """
+    quantized = require_quantized(patcher)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_folder_paths(FOLDER)[0]
+    )
+    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+    comfy.model_management.unload_model_and_clones(patcher)
+    baked = patcher.clone()
+    baked.patches = {key: baked.patches[key][:count] for key, count in quantized.baked.items()}
+    tensors: dict[str, Tensor] = {}
+    for key in patcher.model.diffusion_model.state_dict():
+        if key.rpartition(".")[0] not in quantized.plan.layers:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            weight = baked.patch_weight_to_device(PREFIX + key, device_to=patcher.load_device, return_weight=True)
+            tensors[key] = smallest_exact(weight.detach().cpu())
+    for layer in quantized.plan.layers:
+        tensors |= _layer_tensors(layer, patcher.get_model_object(PREFIX + layer))
+    # The markers of v-prediction and its kin stand beside the network's own keys.
+    known = patcher.model.state_dict_for_saving({})
+    tensors |= {key: value for key, value in known.items() if isinstance(value, Tensor)}
+    manifest = {
+        "kind": MODEL,
+        "plan": quantized.plan.to_json(),
+        "kinds": quantized.kinds,
+        "model": quantized.model,
+        "sampling": quantized.sampling,
+        "axis": [quantized.clock.axis.low, quantized.clock.axis.high],
+        "edges": list(quantized.clock.partition.edges),
+        "bytes": [quantized.bytes_before, quantized.bytes_after],
+    }
+    write(path, tensors, manifest)
+    return path
+
+
+def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
+    leaf.restore_codes()
+    weight = leaf.weight
+    assert isinstance(weight, QuantizedTensor)
+    found = {
+        "weight": weight._qdata,
+        "weight_scale": weight._params.scale,
+        "weight_balance": None if leaf.inverse_balance is None else weight._params.balance,
+        "tfmq_act_scale": leaf.act_scale,
+        "tfmq_act_zero_point": leaf.act_zero_point,
+        "bias": None if leaf.bias is None else smallest_exact(leaf.bias.detach()),
+    }
+    if not leaf.geometry.is_conv:
+        found["comfy_quant"] = torch.tensor(list(json.dumps(FORMAT).encode()), dtype=torch.uint8)
+    return {f"{path}.{name}": value for name, value in found.items() if value is not None}
+
+
+def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """Load a file of `save` as a MODEL, without calibrating. Also the host's way to load it again.
+
+    Raises TfmqError for a truncated, foreign or newer file, or a model type that this host does not know.
+    """
+    file = Path(path)
+    manifest = read_manifest(file, MODEL)
+    tensors = read_tensors(file)
+    try:
+        plan = Plan.from_json(manifest["plan"])
+        kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
+        clock = Clock(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
+        parts = {
+            layer: {name: tensors.pop(f"{layer}.{name}", None) for name in (*PARTS, "comfy_quant")}
+            for layer in plan.layers
+        }
+        codes = {layer: tensors[f"{layer}.weight"] for layer in plan.layers}
+    except (KeyError, TypeError, ValueError) as error:
+        raise TfmqError(f"{file.name} does not hold what its manifest says: get or make it again.") from error
+    patcher = _build(file, tensors, set(plan.layers), disable_dynamic)
+    network = patcher.model.diffusion_model
+    geometries: dict[str, Geometry] = {}
+    for layer, scheme in plan.layers.items():
+        module = network.get_submodule(layer)
+        geometry = geometry_of(module)
+        assert isinstance(geometry, Geometry)
+        geometries[layer] = geometry
+        part = parts[layer]
+        scale = part["weight_scale"]
+        if scale is None:
+            raise TfmqError(f"{file.name} lacks the scale of layer {layer}: get or make the file again.")
+        state = LayerState(
+            kinds[layer], scheme, codes[layer], scale, part["weight_balance"],
+            part["tfmq_act_scale"], part["tfmq_act_zero_point"],
+        )  # fmt: skip
+        bias = tensors.get(f"{layer}.bias")
+        if bias is not None:
+            bias = bias.to(module.weight.dtype)
+        leaf = make_leaf(module, state, geometry, clock, bias, module.weight.dtype)
+        comfy.utils.set_attr(patcher.model, PREFIX + layer, leaf.to(patcher.offload_device))
+    backends, passed_over = backends_of(plan, geometries, patcher.load_device)
+    before, after = manifest["bytes"]
+    quantized = Quantized(
+        plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, backends, passed_over
+    )
+    attach(patcher, quantized, comfy.model_management.module_size(patcher.model))
+    patcher.cached_patcher_init = (load, (path,))
+    return patcher
+
+
+def _build(file: Path, tensors: dict[str, Tensor], layers: set[str], disable_dynamic: bool) -> ModelPatcher:
+    """The host's own model with its float parameters in place and placeholders for `layers`."""
+    config = comfy.model_detection.model_config_from_unet(tensors, "")
+    if config is None:
+        raise TfmqError(
+            f"This ComfyUI does not know the type of model in {file.name}: update ComfyUI to at least the version that "
+            "saved it."
+        )
+    floats = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
+    dtype = comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(tensors),
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(floats),
+    )
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        dict(tensors), model_options={"custom_operations": _placeholders(layers), "dtype": dtype},
+        disable_dynamic=disable_dynamic,
+    )  # fmt: skip
+    missing = [layer for layer in layers if not _has(patcher.model.diffusion_model, layer)]
+    if missing:
+        raise TfmqError(f"{file.name} has a layer {missing[0]} that this ComfyUI's model lacks: update ComfyUI.")
+    return patcher
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    try:
+        network.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _placeholders(layers: set[str]) -> type:
+    """The host's operations, but the layers at these paths take nothing from the state dict: leaves replace them."""
+
+    class Operations(comfy.ops.manual_cast):
+        class Linear(comfy.ops.manual_cast.Linear):
+            def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+                if prefix[:-1] not in layers:
+                    super()._load_from_state_dict(state_dict, prefix, *args)
+
+        class Conv2d(comfy.ops.manual_cast.Conv2d):
+            def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+                if prefix[:-1] not in layers:
+                    super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return Operations
+
+
+def sampling_warning(patcher: ModelPatcher) -> str | None:
+    """A sentence if the loaded MODEL samples in another way than the calibrated one did."""
+    quantized, kind = require_quantized(patcher), sampling_kind(patcher)
+    if quantized.sampling == kind:
+        return None
+    return (
+        f"calibrated with {quantized.sampling}, loads as {kind}: put the model sampling node that the original "
+        "workflow used behind this one"
+    )
+
+
+def saved_models() -> list[str]:
+    """Names of the files in the host's diffusion model folders that TFMQ Save wrote."""
+    names = []
+    for name in folder_paths.get_filename_list(FOLDER):
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path and name.endswith(".safetensors") and _is_ours(path):
+            names.append(name)
+    return names
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return 0 < size < 1 << 27 and f'"{MANIFEST}"'.encode() in file.read(min(size, 1 << 27))
+    except OSError:
+        return False
+
+
+def stamp(path: str | None) -> str:
+    """Changes when the file does."""
+    if path is None:
+        return "missing"
+    about = Path(path).stat()
+    return f"{about.st_mtime_ns} {about.st_size}"

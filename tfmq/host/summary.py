@@ -1,0 +1,57 @@
+"""What a node says about a quantized MODEL: for people as text, for programs as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from .swap import Quantized
+
+MEGABYTE = 1e6
+
+
+def text(quantized: Quantized) -> str:
+    """Layers per scheme, bytes, backends, and what was left alone and why."""
+    plan = quantized.plan
+    schemes = Counter((kind(quantized, path), scheme.label) for path, scheme in plan.layers.items())
+    lines = [
+        f"{plan.recipe.name}: {len(plan.layers)} of {len(plan.layers) + len(plan.left)} Linear and Conv2d layers "
+        "compute in integers",
+        *(f"  {count} {what} {label}" for (what, label), count in sorted(schemes.items())),
+        f"network: {quantized.bytes_before / MEGABYTE:.1f} MB -> {quantized.bytes_after / MEGABYTE:.1f} MB "
+        f"({quantized.bytes_before / max(quantized.bytes_after, 1):.2f} x smaller)",
+    ]
+    for operation, counts in sorted(quantized.backends.items()):
+        shares = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
+        lines.append(f"{operation} runs on: {shares}")
+        if "reference" in counts:
+            lines.append("  not worth it here for speed: the reference backend is exact but slow")
+    lines += [f"  {name} passed over: {why}" for name, why in sorted(quantized.passed_over.items())]
+    reasons = Counter(plan.left.values())
+    lines += [f"left in float: {count} layers, {why}" for why, count in sorted(reasons.items())]
+    return "\n".join(lines)
+
+
+def report(quantized: Quantized) -> str:
+    """JSON: `layers` {total, quantized_linear, quantized_conv}, `bytes` {before, after}, `schemes`, `left`, ..."""
+    plan = quantized.plan
+    kinds = Counter(kind(quantized, path) for path in plan.layers)
+    return json.dumps(
+        {
+            "layers": {
+                "total": len(plan.layers) + len(plan.left),
+                "quantized_linear": kinds["Linear"],
+                "quantized_conv": kinds["Conv2d"],
+            },
+            "bytes": {"before": quantized.bytes_before, "after": quantized.bytes_after},
+            "schemes": dict(Counter(scheme.label for scheme in plan.layers.values())),
+            "left": dict(Counter(plan.left.values())),
+            "backends": quantized.backends,
+            "reasons": plan.reasons,
+        },
+        indent=1,
+    )
+
+
+def kind(quantized: Quantized, path: str) -> str:
+    return "Conv2d" if quantized.kinds[path] == "conv2d" else "Linear"

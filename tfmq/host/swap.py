@@ -1,0 +1,185 @@
+"""The last arrow in the graph: solved layers into a clone of the MODEL."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor, nn
+
+from ..calibration import Calibration
+from ..decide import decide
+from ..errors import TfmqError
+from ..kernels.geometry import Geometry, geometry_of
+from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
+from ..scheme import STATIC, Plan, Recipe
+from ..solve import LayerState, solve_layer
+from ..temporal.tib import boundary_layers
+from ..timeline import Clock
+from . import lora
+from .clock import ClockWrapper
+from .leaf import make_leaf
+from .model import (
+    ATTACHMENT,
+    PREFIX,
+    candidates,
+    fingerprint,
+    float_weight,
+    kept_in_float,
+    require_float_model,
+    sampling_kind,
+)
+
+WRAPPER = "tfmq_clock"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rides on a quantized MODEL as an attachment: what was done to it.
+
+    `kinds`: layer path -> "linear" or "conv2d". `model`, `sampling`: fingerprint and kind of sampling of the float
+    model. `bytes_before`, `bytes_after`: of the network's parameters. `baked`: how many patches of each remaining key
+    were there when it was quantized; later ones are somebody's LoRA and not part of the model. `backends`: operation
+    -> backend -> number of layers, on the machine at hand.
+    """
+
+    plan: Plan
+    kinds: dict[str, str]
+    model: str
+    sampling: str
+    clock: Clock
+    bytes_before: int
+    bytes_after: int
+    baked: dict[str, int]
+    backends: dict[str, dict[str, int]] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, progress: Any) -> ModelPatcher:
+    """A clone of the MODEL whose layers compute in integers. progress: called with (done, total).
+
+    LoRA patches that are on the MODEL are merged before rounding. Raises TfmqError for a MODEL or calibration that
+    does not fit.
+    """
+    network = require_float_model(patcher)
+    _require_same(patcher, calibration)
+    modules = candidates(network)
+    keep = kept_in_float(network) | _unknown_ends(network, calibration)
+    geometries: dict[str, Geometry] = {}
+    for path, module in modules.items():
+        geometry = geometry_of(module)
+        if isinstance(geometry, str):
+            keep[path] = geometry
+        else:
+            geometries[path] = geometry
+    kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in modules.items()}
+    device = patcher.load_device
+    cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
+    plan = decide(recipe, calibration, kinds, keep, cost)
+
+    clone = patcher.clone()
+    clock = Clock(calibration.axis, calibration.partition)
+    offload = patcher.offload_device
+    before = comfy.model_management.module_size(network)
+    saved = 0
+    for done, (path, scheme) in enumerate(plan.layers.items()):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        key = PREFIX + path
+        module = modules[path]
+        weight = float_weight(patcher, f"{key}.weight")
+        try:
+            state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
+        except FloatingPointError as error:
+            raise TfmqError(f"Layer {path} cannot be quantized: {error}; load an intact copy of the model.") from None
+        bias = None
+        if module.bias is not None:
+            bias = float_weight(patcher, f"{key}.bias").to(offload, weight_of(module).dtype)
+        leaf = make_leaf(module, state_to(state, offload), geometries[path], clock, bias, weight_of(module).dtype)
+        clone.add_object_patch(key, leaf)
+        for name in (f"{key}.weight", f"{key}.bias"):
+            clone.patches.pop(name, None)  # merged above; the host must not add them a second time
+        saved += weight_of(module).nbytes - state.nbytes
+        progress(done + 1, len(plan.layers))
+    baked = {key: len(patches) for key, patches in clone.patches.items()}
+    backends, passed_over = backends_of(plan, geometries, device)
+    attach(
+        clone,
+        Quantized(
+            plan, {path: kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
+            before, before - saved, baked, backends, passed_over,
+        ),
+        comfy.model_management.module_size(patcher.model) - saved,
+    )  # fmt: skip
+    return clone
+
+
+def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
+    """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place. size: its true bytes."""
+    patcher.set_attachments(ATTACHMENT, quantized)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(quantized.clock))
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, lora.reconcile)
+    patcher.size = size
+    patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
+
+
+def state_to(state: LayerState, device: Any) -> LayerState:
+    """The state with all its tensors on `device`."""
+    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)}
+    return replace(state, **tensors)
+
+
+def backends_of(
+    plan: Plan, geometries: dict[str, Geometry], device: Any
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Which backend each layer of the plan gets on this device, and why better ones were passed over."""
+    backends: dict[str, dict[str, int]] = {}
+    passed_over: dict[str, str] = {}
+    for path, scheme in plan.layers.items():
+        geometry = geometries[path]
+        operation = LINEAR_STATIC if scheme.activation == STATIC else LINEAR_DYNAMIC
+        operation = CONV2D_STATIC if geometry.is_conv else operation
+        name = pick(operation, device, geometry).name
+        counts = backends.setdefault(operation, {})
+        counts[name] = counts.get(name, 0) + 1
+        passed_over |= refusals(operation, device, geometry)
+    return backends, passed_over
+
+
+def _require_same(patcher: ModelPatcher, calibration: Calibration) -> None:
+    kind = sampling_kind(patcher)
+    if calibration.sampling != kind:
+        raise TfmqError(
+            f"The calibration was made with another kind of sampling ({calibration.sampling}, this MODEL has {kind}): "
+            "calibrate this MODEL, with the same model sampling node before both."
+        )
+    if calibration.model != fingerprint(patcher):
+        raise TfmqError(
+            "The calibration belongs to another model, or to this one with other LoRAs: connect the same MODEL to TFMQ "
+            "Calibrate and TFMQ Quantize."
+        )
+
+
+def _unknown_ends(network: nn.Module, calibration: Calibration) -> dict[str, str]:
+    """First and last layer by the order of execution, for an architecture that no table knows."""
+    if boundary_layers(network):
+        return {}
+    paths = list(calibration.layers)
+    return {paths[0]: "first layer (by order of execution)", paths[-1]: "last layer (by order of execution)"}
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def require_quantized(patcher: Any) -> Quantized:
+    """The record of a quantized MODEL. Raises TfmqError for any other."""
+    quantized = patcher.attachments.get(ATTACHMENT) if isinstance(patcher, ModelPatcher) else None
+    if not isinstance(quantized, Quantized):
+        raise TfmqError("This MODEL is not quantized by TFMQ: connect the output of TFMQ Quantize.")
+    return quantized

@@ -1,0 +1,74 @@
+"""The table of backends: who can run which operation here, and the first that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from . import int_mm, onednn, reference
+from .geometry import Geometry
+
+LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`module`: holds `prepare(codes, scale, geometry)` and the operations by name.
+
+    `refuse(operation, device, geometry)`: why it cannot run this, or None. `dynamic_cost`: time of a per-token Linear
+    over a static one, for the plan's choice between them.
+    """
+
+    name: str
+    module: ModuleType
+    refuse: Callable[[str, torch.device, Geometry], str | None]
+    dynamic_cost: float
+
+
+def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    return "only on CPUs" if device.type != "cpu" else onednn.missing()
+
+
+def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    if geometry.groups != 1:
+        return "no grouped convolution"
+    if device.type == "cpu":
+        return None if hasattr(torch, "_int_mm") else "this torch has no integer matrix product"
+    if device.type != "cuda":
+        return f"no integer matrix product on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+        return "the GPU has no int8 tensor cores"
+    return None
+
+
+def _reference(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    return None
+
+
+# Measured dynamic costs: bench/dynamic_cost.py.
+BACKENDS = (
+    Backend("onednn", onednn, _onednn, 1.3),
+    Backend("int_mm", int_mm, _int_mm, 1.2),
+    Backend("reference", reference, _reference, 1.0),
+)
+
+
+@lru_cache(maxsize=4096)
+def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
+    """The first backend that runs `operation` for this layer on this device."""
+    return next(b for b in BACKENDS if b.refuse(operation, device, geometry) is None)
+
+
+def refusals(operation: str, device: torch.device, geometry: Geometry) -> dict[str, str]:
+    """Backend name -> why it was passed over, for those before the one that was picked."""
+    out = {}
+    for backend in BACKENDS:
+        reason = backend.refuse(operation, device, geometry)
+        if reason is None:
+            break
+        out[backend.name] = reason
+    return out

@@ -1,0 +1,103 @@
+"""The modules that take the place of a Linear or Conv2d: int8 codes in, integer kernel, float out.
+
+`LeafCore` computes; how the weight is stored is left to the subclass, because the host streams and patches weights in
+its own way. `QuantLinear` and `QuantConv2d` here hold plain tensors and need torch alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .kernels.geometry import Geometry, StaticInput
+from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from .quantizer import dequantize_weight, per_channel
+from .solve import LayerState
+from .timeline import Clock
+
+
+class LeafCore(nn.Module):
+    """Activation table, clock and kernel choice of one quantized layer.
+
+    Buffers (not saved under the module's keys): `act_scale` float32 [I], `act_zero_point` int32 [I] for a static
+    activation; `inverse_balance` float32 [K].
+    """
+
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+    inverse_balance: Tensor | None
+
+    def __init__(self, state: LayerState, geometry: Geometry, clock: Clock) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.scheme = state.scheme
+        self.clock = clock
+        self.operation = CONV2D_STATIC if geometry.is_conv else LINEAR_STATIC
+        if state.act_scale is None:
+            self.operation = LINEAR_DYNAMIC
+        inverse = None if state.balance is None else state.balance.reciprocal()
+        for name, value in (
+            ("act_scale", state.act_scale),
+            ("act_zero_point", state.act_zero_point),
+            ("inverse_balance", inverse),
+        ):
+            self.register_buffer(name, value, persistent=False)
+        self._prepared: tuple[Any, Backend, Any] | None = None
+
+    def compute(self, x: Tensor, owner: object, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer on integer codes. owner: what `codes` belong to; while it is the same object, the prepared
+        form of the weight is reused."""
+        if x.numel() == 0:
+            return self._empty(x)
+        prepared = self._prepared
+        if prepared is None or prepared[0] is not owner:
+            backend = pick(self.operation, x.device, self.geometry)
+            prepared = (owner, backend, backend.module.prepare(codes, scale, self.geometry))
+            self._prepared = prepared
+        run = getattr(prepared[1].module, self.operation)
+        if self.act_scale is None:
+            return run(x, prepared[2], self.inverse_balance, bias)
+        assert self.act_zero_point is not None
+        now = self.clock.index(x.device)
+        grid = StaticInput(
+            self.act_scale.index_select(0, now), self.act_zero_point.index_select(0, now), self.inverse_balance
+        )
+        return run(x, prepared[2], grid, bias)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        if not self.geometry.is_conv:
+            return x.new_empty(*x.shape[:-1], self.geometry.shape[0])
+        return x.new_empty(x.shape[0], self.geometry.shape[0], *self.geometry.output_size(x.shape[2], x.shape[3]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a packed weight can be neither copied nor pickled
+
+
+class _PlainLeaf(LeafCore):
+    codes: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, state: LayerState, geometry: Geometry, clock: Clock, bias: Tensor | None = None) -> None:
+        super().__init__(state, geometry, clock)
+        self.register_buffer("codes", state.codes)
+        self.register_buffer("weight_scale", state.scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.codes, self.codes, self.weight_scale, self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The float weight that the codes stand for, float32 [N, K, ...]."""
+        weight = dequantize_weight(self.codes, self.weight_scale)
+        inverse = self.inverse_balance
+        return weight if inverse is None else weight * per_channel(inverse, weight.dim(), 1)
+
+
+class QuantLinear(_PlainLeaf):
+    """x [..., K] -> [..., N]."""
+
+
+class QuantConv2d(_PlainLeaf):
+    """x [B, C, H, W] -> [B, N, H', W']."""

@@ -1,0 +1,156 @@
+"""Affine quantization as pure functions: ranges, rounding, integers and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+UINT8_MAX = 255
+RANGE_NORM = 2.4  # exponent of the error that a range search minimises; Q-Diffusion (2302.04304), implementation
+
+
+def channel_scale(weight: Tensor, bits: int = 8) -> Tensor:
+    """Symmetric scale per output channel from the largest magnitude. weight [N, ...] float -> float32 [N], > 0."""
+    top = 2 ** (bits - 1) - 1
+    amax = weight.detach().float().flatten(1).abs().amax(dim=1)
+    return (amax / top).clamp_min(torch.finfo(torch.float32).tiny * 256)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """weight [N, ...] float, scale float32 [N] -> int8 codes [N, ...] in the symmetric range, nearest."""
+    top = 2 ** (bits - 1) - 1
+    codes = weight.detach().float() / per_channel(scale, weight.dim())
+    return codes.round_().clamp_(-top, top).to(torch.int8)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """int8 codes [N, ...], scale float32 [N] -> float weight [N, ...]."""
+    return (codes.float() * per_channel(scale, codes.dim())).to(dtype)
+
+
+def per_channel(vector: Tensor, dims: int, dim: int = 0) -> Tensor:
+    """View a vector so that it broadcasts along `dim` of a tensor with `dims` dimensions."""
+    shape = [1] * dims
+    shape[dim] = -1
+    return vector.reshape(shape)
+
+
+def affine_grid(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) of the unsigned grid 0 .. 2^bits - 1 over [low, high], elementwise.
+
+    The range is widened to contain 0, so that zero padding and the many exact zeros have no error.
+    """
+    top = 2**bits - 1
+    low = low.float().clamp_max(0.0)
+    high = high.float().clamp_min(0.0)
+    scale = ((high - low) / top).clamp_min(torch.finfo(torch.float32).tiny * 256)
+    zero_point = (-low / scale).round_().clamp_(0, top).to(torch.int32)
+    return scale, zero_point
+
+
+def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, inverse_balance: Tensor | None = None) -> Tensor:
+    """x float (channels last in `inverse_balance`'s broadcast shape) -> uint8 codes, same shape and memory format.
+
+    codes = clamp(round(x * inverse_balance / scale) + zero_point, 0, 255); scale and zero_point are tensors of one
+    element on x's device, so nothing is read back to the host.
+    """
+    factor = scale.reciprocal() if inverse_balance is None else inverse_balance / scale
+    q = x.float() * factor
+    return q.round_().add_(zero_point).clamp_(0, UINT8_MAX).to(torch.uint8)
+
+
+def quantize_rows(x: Tensor, inverse_balance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token affine quantization. x [M, K] -> int8 codes [M, K], scale [M, 1], offset [M, 1] (float32).
+
+    x * inverse_balance = offset + scale * codes, codes in -128 .. 127, so that the smallest and the largest entry of
+    every row are grid points.
+    """
+    x = x.float() if inverse_balance is None else x.float() * inverse_balance
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    scale = ((high - low) / UINT8_MAX).clamp_min(torch.finfo(torch.float32).tiny * 256)
+    codes = ((x - low) / scale).round_().sub_(128).clamp_(-128, 127).to(torch.int8)
+    return codes, scale, low + 128 * scale
+
+
+def search_range(
+    histogram: Tensor, low: Tensor, high: Tensor, method: str = "mse", bits: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Clipping range of a static grid from histograms.
+
+    histogram [I, B] counts over equal bins of [low, high] ([I] each). method: "minmax" (outermost filled bins),
+    "percentile" (99.99 % of the mass) or "mse" (least sum |x - q(x)|^2.4). Returns low, high [I], float32, low <= 0 <=
+    high. A row without any count returns zeros.
+    """
+    counts = histogram.double()
+    bins = counts.shape[1]
+    low, high = low.double(), high.double()
+    width = (high - low) / bins
+    filled = counts > 0
+    total = counts.sum(1)
+    ends = torch.stack([_outer_bins(row) for row in filled])
+    lo = (low + ends[:, 0] * width).clamp_max(0.0)
+    hi = (low + (ends[:, 1] + 1) * width).clamp_min(0.0)
+    if method == "percentile":
+        mass = counts.cumsum(1) / total.clamp_min(1).unsqueeze(1)
+        tail = 5e-5
+        first = (mass <= tail).sum(1)
+        last = (mass < 1 - tail).sum(1)
+        lo = (low + first * width).clamp(max=0.0)
+        hi = (low + (last + 1) * width).clamp(min=0.0)
+    elif method == "mse":
+        lo, hi = _least_error(counts, _bin_centers(counts, low, high), lo, hi, bits)
+    elif method != "minmax":
+        raise ValueError(f"unknown range method {method!r}")
+    empty = total == 0
+    return lo.masked_fill(empty, 0.0).float(), hi.masked_fill(empty, 0.0).float()
+
+
+def histogram_error(
+    histogram: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8
+) -> Tensor:
+    """Squared error and energy of a static grid on a histogram: counts [I, B], the rest [I] -> float64 [I, 2]."""
+    counts, centers = histogram.double(), _bin_centers(histogram, low, high)
+    scale = scale.double()
+    bottom = -zero_point.double() * scale
+    error = (counts * _grid_error(centers, bottom, bottom + (2**bits - 1) * scale, scale, 2.0)).sum(1)
+    return torch.stack([error, (counts * centers.square()).sum(1)], dim=1)
+
+
+def _bin_centers(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    bins = histogram.shape[1]
+    position = (torch.arange(bins, dtype=torch.float64, device=histogram.device) + 0.5) / bins
+    return low.double().unsqueeze(1) + position * (high - low).double().unsqueeze(1)
+
+
+def _outer_bins(filled: Tensor) -> Tensor:
+    where = filled.nonzero().flatten()
+    if where.numel() == 0:
+        return torch.tensor([0.0, filled.numel() - 1.0], dtype=torch.float64)
+    return torch.stack([where[0], where[-1]]).double()
+
+
+def _grid_error(x: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, norm: float) -> Tensor:
+    """Expected |x - q(x)|^norm: uniform rounding error inside [bottom, top], distance to the end plus that outside."""
+    beyond = (bottom.unsqueeze(1) - x).clamp_min(0) + (x - top.unsqueeze(1)).clamp_min(0)
+    rounding = ((scale / 2).pow(norm) / (norm + 1)).unsqueeze(1)
+    return torch.where(beyond > 0, beyond.pow(norm) + rounding, rounding)
+
+
+def _least_error(counts: Tensor, centers: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    # Coordinate search: shrink both ends together, then each end alone. One end is often a hard edge (a SiLU never
+    # goes under -0.2785) that must not be cut when the other end's tail is.
+    shrink = torch.linspace(1.0, 0.3, 36, dtype=torch.float64)
+    for move_lo, move_hi in ((True, True), (False, True), (True, False)):
+        best = torch.full_like(lo, float("inf"))
+        best_lo, best_hi = lo.clone(), hi.clone()
+        for factor in shrink:
+            a = lo * factor if move_lo else lo
+            b = hi * factor if move_hi else hi
+            error = (counts * _grid_error(centers, a, b, (b - a) / (2**bits - 1), RANGE_NORM)).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_lo = torch.where(better, a, best_lo)
+            best_hi = torch.where(better, b, best_hi)
+        lo, hi = best_lo, best_hi
+    return lo, hi

@@ -1,0 +1,67 @@
+"""What a layer becomes (Scheme), what a person asks for (Recipe), what was decided (Plan): data only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+STATIC, DYNAMIC = "static", "dynamic"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one layer is represented.
+
+    `weight_bits`: width of the weight codes (symmetric, one scale per output channel).
+    `activation`: "static" (affine uint8, one scale and zero point per interval) or "dynamic" (affine, per token).
+    `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    activation: str = STATIC
+    balanced: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{' balanced' if self.balanced else ''}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a person asks for.
+
+    `convolutions`: quantize Conv2d too. `activations`: "auto", "static" or "dynamic" (Linear only; a convolution is
+    always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax".
+    """
+
+    name: str
+    weight_bits: int = 8
+    activation_bits: int = 8
+    convolutions: bool = True
+    activations: str = "auto"
+    ranges: str = "mse"
+
+
+PRESETS = {
+    "W8A8": Recipe("W8A8"),
+    "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`layers`: layer path -> scheme. `reasons`: layer path -> one line why. `left`: path -> why it stays in float."""
+
+    recipe: Recipe
+    layers: dict[str, Scheme]
+    reasons: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        layers = {path: Scheme(**scheme) for path, scheme in data["layers"].items()}
+        return cls(Recipe(**data["recipe"]), layers, dict(data["reasons"]), dict(data["left"]))

@@ -1,0 +1,53 @@
+"""Plan + calibration + float weights -> the integers: codes, scales, balance and the activation table of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decide import static_grid
+from .observe import LayerStatistics
+from .quantizer import channel_scale, per_channel, quantize_weight
+from .scheme import STATIC, Scheme
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One quantized layer.
+
+    codes int8 [N, K, ...]; scale float32 [N]; balance float32 [K] or None; act_scale float32 [I] and act_zero_point
+    int32 [I] of a static activation, else None. weight = codes * scale / balance.
+    """
+
+    kind: str
+    scheme: Scheme
+    codes: Tensor
+    scale: Tensor
+    balance: Tensor | None
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.scale, self.balance, self.act_scale, self.act_zero_point)
+        return sum(p.nbytes for p in parts if p is not None)
+
+
+def solve_layer(scheme: Scheme, statistics: LayerStatistics, weight: Tensor, ranges: str) -> LayerState:
+    """Quantize one layer. weight: float [N, K, ...], on any device; the result lies on the same device.
+
+    Raises FloatingPointError if the weight is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise FloatingPointError("the weight holds NaN or infinite values")
+    balance = statistics.balance.to(weight.device) if scheme.balanced and statistics.balance is not None else None
+    balanced = weight.float() if balance is None else weight.float() * per_channel(balance, weight.dim(), 1)
+    scale = channel_scale(balanced, scheme.weight_bits)
+    codes = quantize_weight(balanced, scale, scheme.weight_bits)
+    act_scale = act_zero_point = None
+    if scheme.activation == STATIC:
+        act_scale, act_zero_point = static_grid(statistics, ranges, scheme.activation_bits)
+        act_scale, act_zero_point = act_scale.to(weight.device), act_zero_point.to(weight.device)
+    return LayerState(statistics.kind, scheme, codes, scale, balance, act_scale, act_zero_point)
