@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,11 @@ PROMPTS = ROOT / "demo" / "prompts.txt"
 
 def main() -> int:
     arguments, rest = _parser().parse_known_args()
-    if rest and arguments.command != "test":
+    if rest and arguments.command not in ("test", "bench"):
         _parser().error(f"unknown arguments for {arguments.command}: {' '.join(rest)}")
     # Paths on the command line are the caller's; everything below runs in the root.
     started_in = Path.cwd()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         python = str(setup.ensure(arguments.use_installed_torch))
         if arguments.command == "test":
@@ -31,7 +33,7 @@ def main() -> int:
             return run([python, "-m", "demo.run", "--checkpoint", checkpoint, "--out", str(out)])
         if arguments.command == "serve":
             return run([python, "-m", "demo.serve", "--checkpoint", checkpoint, "--port", str(arguments.port)])
-        return bench(python, checkpoint, arguments, started_in)
+        return bench(python, checkpoint, arguments, rest, started_in)
     except setup.SetupError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1
@@ -58,9 +60,10 @@ def test(python: str, pytest_arguments: list[str]) -> int:
     return run([python, "-m", "pytest", *pytest_arguments]) or int(bool(failed))
 
 
-def bench(python: str, checkpoint: str, arguments: argparse.Namespace, started_in: Path) -> int:
+def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: list[str], started_in: Path) -> int:
     """Run `bench/NAME.py` with the demo checkpoint and the demo prompts where none are given."""
-    known = sorted(path.stem for path in BENCH.glob("[a-z]*.py"))
+    # The others are what benchmarks share.
+    known = sorted(path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
     if arguments.name not in known:
         print(
             f"dev.py: there is no benchmark {arguments.name!r}; there is: {', '.join(known) or 'none yet'}.",
@@ -72,7 +75,7 @@ def bench(python: str, checkpoint: str, arguments: argparse.Namespace, started_i
     command += ["--prompts", _existing(started_in, arguments.prompts) or str(PROMPTS)]
     if arguments.json:
         command += ["--json", str(started_in / arguments.json)]
-    return run(command)
+    return run(command + rest)
 
 
 def demo_checkpoint(python: str) -> str:
@@ -86,7 +89,14 @@ def demo_checkpoint(python: str) -> str:
 
 
 def run(command: list[str]) -> int:
-    return subprocess.call(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    """Run to the end; a command is not left behind when this process is told to end."""
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def _existing(started_in: Path, given: str | None) -> str | None:
@@ -107,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("test", help="ruff, mypy, pytest; further arguments go to pytest")
     serve = commands.add_parser("serve", help="ComfyUI in the browser with the pack and the demo checkpoint")
     serve.add_argument("--port", type=int, default=8188)
-    bench = commands.add_parser("bench", help="run a benchmark of bench/")
+    bench = commands.add_parser("bench", help="run a benchmark of bench/; further arguments go to it")
     bench.add_argument("name")
     bench.add_argument("--checkpoint", metavar="FILE", help="an SD1.5-format checkpoint (default: the demo's)")
     bench.add_argument("--prompts", metavar="FILE", help="a text file, one prompt per line (default: the demo's)")

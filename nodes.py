@@ -9,14 +9,26 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
 
+from .nodes_report import TemporalReport
 from .tfmq.errors import TfmqError
 from .tfmq.host import calibrate as calibration
-from .tfmq.host import store, summary, swap
+from .tfmq.host import store, summary, swap, temporal_cache, temporal_quant
 from .tfmq.report import metrics, sheet
 from .tfmq.scheme import PRESETS, Recipe
+from .tfmq.temporal import sampling_times as steps_of_run
 
 CATEGORY = "TFMQ"
 CalibrationType = io.Custom("TFMQ_CALIBRATION")
+
+
+def _look() -> Any:
+    return io.Combo.Input(
+        "look", options=list(steps_of_run.RULES), default=steps_of_run.TRAJECTORY, advanced=True, optional=True,
+        tooltip=(
+            "Which steps of each run are looked at: all of them (trajectory), half of them evenly over the log "
+            "signal-to-noise ratio, or half of them drawn from PTQ4DM's normal distribution."
+        ),
+    )  # fmt: skip
 
 
 class Calibrate(io.ComfyNode):
@@ -67,6 +79,7 @@ class Calibrate(io.ComfyNode):
                     "intervals", default=25, min=1, max=200, advanced=True,
                     tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
                 ),
+                _look(),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="summary")],
         )  # fmt: skip
@@ -75,6 +88,7 @@ class Calibrate(io.ComfyNode):
     def execute(
         cls, model: Any, latent: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
         clip: Any = None, prompts: str = "", positives: Any = None, negative: Any = None, intervals: int = 25,
+        look: str = steps_of_run.TRAJECTORY,
     ) -> io.NodeOutput:  # fmt: skip
         given = [p for p in (positives or {}).values() if p is not None]
         if prompts.strip() or not given:
@@ -92,7 +106,7 @@ class Calibrate(io.ComfyNode):
             (given, negative, latent, seed, steps, cfg, sampler_name, scheduler),
             {"prompts": len(given), "sampler": f"{sampler_name}, {scheduler}, {steps} steps, cfg {cfg:g}, seed {seed}"},
         )
-        return _calibrated(model, run, len(given), steps, intervals, settings)
+        return _calibrated(model, run, len(given), steps, intervals, settings, look)
 
 
 class CalibrateCustom(io.ComfyNode):
@@ -122,6 +136,7 @@ class CalibrateCustom(io.ComfyNode):
                     "intervals", default=25, min=1, max=200, advanced=True,
                     tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
                 ),
+                _look(),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="summary")],
         )  # fmt: skip
@@ -129,7 +144,7 @@ class CalibrateCustom(io.ComfyNode):
     @classmethod
     def execute(
         cls, noise: Any, guider: Any, sampler: Any, sigmas: Any, latent: Any, clip: Any = None, prompts: str = "",
-        intervals: int = 25,
+        intervals: int = 25, look: str = steps_of_run.TRAJECTORY,
     ) -> io.NodeOutput:  # fmt: skip
         positives = calibration.encode_prompts(clip, prompts) if prompts.strip() else None
         steps = len(sigmas) - 1
@@ -143,13 +158,13 @@ class CalibrateCustom(io.ComfyNode):
             (conditioning, scalars, function, getattr(sampler, "extra_options", {}), sigmas, latent, noise.seed),
             {"prompts": len(positives or [0]), "sampler": f"{function}, {steps} steps, seed {noise.seed}"},
         )
-        return _calibrated(guider.model_patcher, run, len(positives or [0]), steps, intervals, settings)
+        return _calibrated(guider.model_patcher, run, len(positives or [0]), steps, intervals, settings, look)
 
 
 def _calibrated(
-    model: Any, run: Any, prompts: int, steps: int, intervals: int, settings: calibration.Settings
+    model: Any, run: Any, prompts: int, steps: int, intervals: int, settings: calibration.Settings, look: str
 ) -> io.NodeOutput:
-    handle, found = calibration.calibrate(model, run, prompts, steps, intervals, settings)
+    handle, found = calibration.calibrate(model, run, prompts, steps, intervals, settings, look)
     text = calibration.describe(handle.load(), handle.path, found)
     return io.NodeOutput(handle, text, ui=ui.PreviewText(text))
 
@@ -178,8 +193,18 @@ class Quantize(io.ComfyNode):
                     tooltip="Linear layers: ranges per interval from the calibration, or per token at run time.",
                 ),
                 io.Combo.Input(
-                    "ranges", options=["mse", "percentile", "minmax"], default="mse", advanced=True,
-                    tooltip="How a static range is chosen from the calibrated distribution.",
+                    "ranges", options=["mse", "percentile", "minmax", "one range", "tdq"], default="mse", advanced=True,
+                    tooltip=(
+                        "How a static range is chosen: per interval by least error, percentile or extremes; one range "
+                        "for all of time; or a learned smooth function of time (TDQ)."
+                    ),
+                ),
+                io.Combo.Input(
+                    "temporal", options=list(temporal_quant.MODES), default=temporal_quant.FLOAT, advanced=True,
+                    tooltip=(
+                        "Layers that only know the timestep (SD1.5-like models): left in float, in integers with "
+                        "rounding fitted to all timesteps, or the best mix with caches within the bytes of int8."
+                    ),
                 ),
             ],
             outputs=[
@@ -191,12 +216,14 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, calibration: Any, recipe: str, activations: str = "auto", ranges: str = "mse"
-    ) -> io.NodeOutput:
+        cls, model: Any, calibration: Any, recipe: str, activations: str = "auto", ranges: str = "mse",
+        temporal: str = temporal_quant.FLOAT,
+    ) -> io.NodeOutput:  # fmt: skip
         preset = PRESETS[recipe]
         wanted = Recipe(
-            preset.name, preset.weight_bits, preset.activation_bits, preset.convolutions, activations, ranges
-        )
+            preset.name, preset.weight_bits, preset.activation_bits, preset.convolutions, activations, ranges,
+            temporal=temporal,
+        )  # fmt: skip
         bar = comfy.utils.ProgressBar(1)
         result = swap.quantize(model, calibration.load(), wanted, bar.update_absolute)
         record = swap.require_quantized(result)
@@ -314,9 +341,38 @@ class Compare(io.ComfyNode):
         )  # fmt: skip
 
 
+class TemporalCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TFMQ_TemporalCache",
+            display_name="TFMQ Temporal Cache",
+            category=CATEGORY,
+            description=(
+                "Answers the layers that only know when the network is passed (a third of Flux.1, SD3 and Qwen-Image) "
+                "from a small table instead of loading their weights. The pictures stay the same."
+            ),
+            search_aliases=["modulation", "adaln", "low vram", "timestep embedding", "cache"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any MODEL: float or quantized, with or without LoRAs."),
+                io.Int.Input(
+                    "budget_mb", default=512, min=1, max=1_000_000, advanced=True,
+                    tooltip="How large the table may grow, in MB; what was not used for longest goes first.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="summary")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, budget_mb: int = 512) -> io.NodeOutput:
+        result = temporal_cache.apply(model, budget_mb * 1_000_000)
+        text = temporal_cache.describe(result)
+        return io.NodeOutput(result, text, ui=ui.PreviewText(text))
+
+
 class TfmqExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Calibrate, CalibrateCustom, Quantize, Save, Load, Compare]
+        return [Calibrate, CalibrateCustom, Quantize, Save, Load, Compare, TemporalCache, TemporalReport]
 
 
 async def comfy_entrypoint() -> TfmqExtension:

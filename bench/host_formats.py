@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable
 
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -25,6 +26,8 @@ def int8_model(patcher: ModelPatcher, paths: Iterable[str], rotated: bool) -> Mo
     of input channels, in the largest group that divides a layer's inputs; none where none does.
     The patcher's model must be in float and hold no patches.
     """
+    # Another clone may have its layers in the shared network at this moment.
+    comfy.model_management.unload_model_and_clones(patcher)
     clone = patcher.clone()
     for path in paths:
         module = patcher.model.diffusion_model.get_submodule(path)

@@ -38,7 +38,9 @@ def add_outliers(network: nn.Module, seed: int = 0, share: float = SHARE) -> dic
     modules = dict(network.named_modules())
     places = _places(modules)
     if not places:
-        raise ValueError("No SpatialTransformer to rescale: the outlier variant is made of SD1.5- or SDXL-format UNets.")
+        raise ValueError(
+            "No SpatialTransformer to rescale: the outlier variant is made of SD1.5- or SDXL-format UNets."
+        )
     generator = torch.Generator().manual_seed(seed)
     scaled = {}
     with torch.no_grad():

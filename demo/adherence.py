@@ -1,8 +1,8 @@
 """Is in the picture what the prompt asked for? Plain geometry for the demo model's pictures: no network, numpy only.
 
 The background is read from the border. What stands out from it is the shape: its colour is a median, its outline is
-compared with every shape at every turn after moving it to the middle and scaling it to unit area, and its area gives
-the size.
+compared with every shape, at every turn and with corners rounded more and less, after moving it to the middle and
+scaling it to unit area, and its area gives the size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ COLOUR_TOLERANCE = 0.25  # Euclidean, RGB in 0..1
 SIZE_TOLERANCE = 0.25  # relative; the family itself varies by 0.08
 LEAST_CONTRAST = 0.15  # under this nothing stands out
 LEAST_FIT = 0.65  # overlap (intersection over union) with the ideal outline; the family itself has 0.85 and more
-TURNS = 15
-FRAME, SPAN = 48, 1.15  # the normalised frame: pixels, and half its width in units of sqrt(area)
+TURNS = 11
+ROUNDINGS = (0.0, 0.15, 0.25)  # deviation of the blur that rounds an outline's corners, in radii
+FRAME, FINE, SPAN = 48, 4, 1.15  # the normalised frame: pixels, their division, half its width in sqrt(area)
 FEWEST_PIXELS = 20
 
 
@@ -69,7 +70,7 @@ def mean_score(pictures: list[Array], requests: list[Request]) -> float:
 
 
 def read(picture: Array) -> Reading:
-    """Say what a picture, [H, W, 3] in 0..1 (H = W), shows. ValueError for another shape or values that are not finite."""
+    """Say what a picture, [H, W, 3] in 0..1 (H = W), shows. ValueError for another shape, NaN or infinite values."""
     picture = np.asarray(picture, dtype=np.float64)
     if picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3:
         raise ValueError(f"A square picture [H, H, 3] is needed, not {list(picture.shape)}.")
@@ -114,11 +115,12 @@ def _best_shape(cover: Array) -> tuple[str, float, float]:
     x, y = grid(len(cover))
     centre_x, centre_y = ((cover * axis).sum() / cover.sum() for axis in (x, y))
     frame_x, frame_y = grid(FRAME)
-    seen = _sample(cover, centre_x + frame_x * SPAN * unit, centre_y + frame_y * SPAN * unit).ravel()
-    names, outlines = _outlines()
-    overlap = np.minimum(outlines, seen).sum(1) / np.maximum(outlines, seen).sum(1)
+    seen = _sample(cover, centre_x + frame_x * SPAN * unit, centre_y + frame_y * SPAN * unit).ravel().astype(np.float32)
+    names, radii, outlines = _outlines()
+    both = np.minimum(outlines, seen).sum(1)
+    overlap = both / (outlines.sum(1) + seen.sum() - both)
     best = int(overlap.argmax())
-    return names[best], float(overlap[best]), unit * _unit_radius(names[best])
+    return names[best], float(overlap[best]), unit * radii[best]
 
 
 def _sample(values: Array, x: Array, y: Array) -> Array:
@@ -138,25 +140,31 @@ def _sample(values: Array, x: Array, y: Array) -> Array:
 
 
 @cache
-def _unit_radius(shape: str) -> float:
-    """The radius of a shape of area 1."""
-    x, y = grid(1024)
-    return 0.8 / math.sqrt((distance(shape, x, y, 0.8) < 0).mean() * 4)
-
-
-@cache
-def _outlines() -> tuple[list[str], Array]:
-    """Every shape at every turn at unit area in the normalised frame: names, and coverages [n, FRAME * FRAME]."""
-    names, outlines = [], []
-    fine = 4
+def _outlines() -> tuple[list[str], list[float], Array]:
+    """Outlines of unit area in the normalised frame: shapes, radii, and coverages [n, FRAME * FRAME]."""
+    names, radii, outlines = [], [], []
     for shape in SHAPES:
-        for turn in np.linspace(-1.15 * TURN, 1.15 * TURN, TURNS) if shape not in ("circle", "ring") else [0.0]:
-            x, y = (axis * SPAN for axis in grid(FRAME * fine))
-            turned_x, turned_y = math.cos(turn) * x + math.sin(turn) * y, math.cos(turn) * y - math.sin(turn) * x
-            inside = distance(shape, turned_x, turned_y, _unit_radius(shape)) < 0
-            names.append(shape)
-            outlines.append(inside.reshape(FRAME, fine, FRAME, fine).mean((1, 3)).ravel())
-    return names, np.stack(outlines)
+        for rounding in ROUNDINGS:
+            radius = 1 / math.sqrt(_inside(shape, 1.0, rounding, 0.0, 1.5).mean() * 3.0**2)
+            for turn in np.linspace(-1.15 * TURN, 1.15 * TURN, TURNS) if shape not in ("circle", "ring") else [0.0]:
+                inside = _inside(shape, radius, rounding, float(turn), SPAN)
+                names.append(shape)
+                radii.append(radius)
+                outlines.append(inside.reshape(FRAME, FINE, FRAME, FINE).mean((1, 3)).ravel())
+    return names, radii, np.stack(outlines).astype(np.float32)
+
+
+def _inside(shape: str, radius: float, rounding: float, turn: float, span: float) -> Array:
+    """The inside of a shape with rounded corners on a fine grid from -span to span: blurred, then cut at one half."""
+    x, y = (axis * span for axis in grid(FRAME * FINE))
+    turned_x, turned_y = math.cos(turn) * x + math.sin(turn) * y, math.cos(turn) * y - math.sin(turn) * x
+    inside = (distance(shape, turned_x, turned_y, radius) < 0).astype(np.float64)
+    if rounding:
+        line = x[0]
+        blur = np.exp(-(((line[:, None] - line[None, :]) / (rounding * radius)) ** 2) / 2)
+        blur /= blur.sum(1, keepdims=True)
+        inside = blur @ inside @ blur.T
+    return inside > 0.5
 
 
 def _nearest_colour(rgb: Array) -> str | None:

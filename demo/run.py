@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,17 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+
 from devkit import workflow
 from devkit.client import Client, HostError, Result
 from devkit.host import Server
 from devkit.paths import CACHE, WORKFLOWS
-from PIL import Image
 from tfmq.report import html, sheet
 
 from . import adherence, render
 from .adapt import for_demo
 
-PICTURES, CALIBRATION = 32, 16
+PICTURES, CALIBRATION = 32, 8
 SEED = 1
 RELOADED = 3
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that server and temporary folder go, too
     (CACHE / "demo").mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="host-", dir=CACHE / "demo", ignore_cleanup_errors=True) as base:
@@ -191,9 +194,10 @@ class Demo:
             title="TFMQ demo: W8A8 against float32",
         )
         before, after = report["bytes"]["before"], report["bytes"]["after"]
+        print(self.out / "report.html")
         print(
             f"PSNR {report['psnr_db']:.2f} dB, SSIM {report['ssim']:.4f}, adherence {report['adherence_float']:.3f} ->"
-            f" {report['adherence_quantized']:.3f}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB; {self.out / 'report.html'}"
+            f" {report['adherence_quantized']:.3f}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
         )
 
 

@@ -65,8 +65,8 @@ class Server:
         self.stop()
 
     def start(self, timeout: float = 180.0) -> None:
-        """Start the process and wait until it answers. Raises RuntimeError with the end of its log where it does not."""
-        self._log_file = open(self.log, "ab")
+        """Start the process and wait until it answers; RuntimeError with the end of its log where it does not."""
+        self._log_file = open(self.log, "ab")  # noqa: SIM115
         self._process = subprocess.Popen(
             self._command,
             cwd=host_dir(),
@@ -119,9 +119,14 @@ class Server:
 
 
 def environment() -> dict[str, str]:
-    """Environment of a host process: the stand-ins for what does not import are in reach."""
+    """Environment of a host process: the stand-ins are in reach, and it ends when this process does."""
     path = [str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    fixed = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "TFMQ_OWNER": str(os.getpid()),
+    }
     # Threads that spin while they wait slow a shared machine down by an order of magnitude.
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **fixed}
 

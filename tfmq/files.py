@@ -65,7 +65,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     try:
         manifest = json.loads(header[MANIFEST])
         version, found = int(manifest["version"]), str(manifest["kind"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise TfmqError(f"The TFMQ manifest in {path.name} cannot be read: get or make the file again.") from error
     if version > VERSION:
         raise TfmqError(
@@ -98,6 +98,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             "low": s.low, "high": s.high, "balance": s.balance, "histogram": relative.half(), "peak": peak,
             "bin_low": s.bin_low, "bin_high": s.bin_high, "row_error": s.row_error,
         }  # fmt: skip
+        if s.branches is not None:
+            parts["branches"] = (s.branches.float() / peak.clamp_min(1).unsqueeze(1)).half()
         tensors |= {f"{path_in_model}:{name}": value for name, value in parts.items() if value is not None}
     manifest = {
         "kind": CALIBRATION,
@@ -120,13 +122,16 @@ def read_calibration(path: Path) -> Calibration:
         for name, about in manifest["layers"].items():
             part = {key: tensors[f"{name}:{key}"] for key in ("low", "high", "bin_low", "bin_high", "row_error")}
             histogram = tensors[f"{name}:histogram"].float() * tensors[f"{name}:peak"].unsqueeze(1)
+            branches = tensors.get(f"{name}:branches")
+            if branches is not None:
+                branches = branches.float() * tensors[f"{name}:peak"].unsqueeze(1)
             layers[name] = LayerStatistics(
                 kind=about["kind"], shape=tuple(about["shape"]), order=about["order"], histogram=histogram,
-                balance=tensors.get(f"{name}:balance"), vector=about["vector"], **part,
+                balance=tensors.get(f"{name}:balance"), vector=about["vector"], branches=branches, **part,
             )  # fmt: skip
         axis, partition = TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"]))
         return Calibration(manifest["model"], manifest["sampling"], axis, partition, layers, manifest["settings"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise TfmqError(f"The calibration {path.name} is damaged: delete it and calibrate again.") from error
 
 

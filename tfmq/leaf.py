@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .guidance import split
 from .kernels.geometry import Geometry, StaticInput
 from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from .quantizer import dequantize_weight, per_channel
@@ -20,8 +22,8 @@ from .timeline import Clock
 class LeafCore(nn.Module):
     """Activation table, clock and kernel choice of one quantized layer.
 
-    Buffers (not saved under the module's keys): `act_scale` float32 [I], `act_zero_point` int32 [I] for a static
-    activation; `inverse_balance` float32 [K].
+    Buffers (not saved under the module's keys): `act_scale` float32 and `act_zero_point` int32 of a static activation,
+    [I], or [2, I] with the branches of CFG apart; `inverse_balance` float32 [K].
     """
 
     act_scale: Tensor | None
@@ -57,13 +59,36 @@ class LeafCore(nn.Module):
             self._prepared = prepared
         run = getattr(prepared[1].module, self.operation)
         if self.act_scale is None:
-            return run(x, prepared[2], self.inverse_balance, bias)
-        assert self.act_zero_point is not None
+            return run(x, prepared[2], self.inverse_balance, bias, self.scheme.activation_bits)
+        if self.act_scale.dim() == 1:
+            return self._static(x, prepared[2], self.act_scale, self._zero_points(), bias, run)
+        pieces = []
+        for branch, rows in split(x, self.clock.branches):
+            table = self.act_scale[branch], self._zero_points()[branch]
+            pieces.append(self._static(rows, prepared[2], *table, bias, run))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _static(
+        self, x: Tensor, weight: Any, scale: Tensor, zero_point: Tensor, bias: Tensor | None, run: Any
+    ) -> Tensor:
         now = self.clock.index(x.device)
-        grid = StaticInput(
-            self.act_scale.index_select(0, now), self.act_zero_point.index_select(0, now), self.inverse_balance
-        )
-        return run(x, prepared[2], grid, bias)
+        grid = StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), self.inverse_balance)
+        return run(self._clipped(x, grid), weight, grid, bias)
+
+    def _clipped(self, x: Tensor, grid: StaticInput) -> Tensor:
+        """The kernels clip to 8-bit codes; a narrower grid is kept by clipping its input."""
+        bits = self.scheme.activation_bits
+        if bits == 8:
+            return x
+        low, high = -grid.zero_point * grid.scale, (2**bits - 1 - grid.zero_point) * grid.scale
+        if grid.inverse_balance is not None:
+            balance = per_channel(grid.inverse_balance.reciprocal(), x.dim(), 1 if self.geometry.is_conv else -1)
+            low, high = low * balance, high * balance
+        return torch.minimum(torch.maximum(x, low.to(x.dtype)), high.to(x.dtype))
+
+    def _zero_points(self) -> Tensor:
+        assert self.act_zero_point is not None
+        return self.act_zero_point
 
     def _empty(self, x: Tensor) -> Tensor:
         if not self.geometry.is_conv:

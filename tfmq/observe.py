@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .balance import choose_balance
 from .errors import TfmqError
+from .guidance import BRANCHES, WORTHWHILE, gain, split
 from .quantizer import quantize_rows
 from .timeline import Clock
 
@@ -31,7 +32,8 @@ class LayerStatistics:
     kind: "linear" or "conv2d". shape: of the weight. order: place in the order of execution. low, high [I]: least and
     greatest balanced input. balance [K] or None. histogram [I, B] of the balanced input over equal bins of
     [bin_low, bin_high]. row_error [I, 2]: squared error of per-token quantization, and energy (zeros for conv2d).
-    vector: every input had one row per image (no tokens, no pixels).
+    vector: every input had one row per image (no tokens, no pixels). branches [2, I, B]: the histogram of the
+    conditional and of the unconditional rows, only where a grid for each lowers the error.
     Intervals that no call visited have zero counts.
     """
 
@@ -46,6 +48,7 @@ class LayerStatistics:
     bin_high: Tensor
     row_error: Tensor
     vector: bool = False
+    branches: Tensor | None = None
 
 
 class LayerObserver:
@@ -72,13 +75,17 @@ class LayerObserver:
         self.bin_high = torch.zeros(intervals)
         self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
 
-    def observe(self, x: Tensor, interval: int) -> None:
-        """x: the layer's input, [..., K] or [B, K, H, W]."""
+    def observe(self, x: Tensor, interval: int, branches: tuple[int, ...] = (0,)) -> None:
+        """x: the layer's input, [..., K] or [B, K, H, W]; branches: as in `Clock.set`."""
         if x.numel() == 0:
             return
-        rows = x.detach().movedim(1, -1) if self.kind == "conv2d" else x.detach()
-        rows = rows.reshape(-1, rows.shape[-1])
         self.calls += 1
+        for branch, piece in split(x.detach(), branches):
+            self._observe(piece, interval, branch)
+
+    def _observe(self, x: Tensor, interval: int, branch: int) -> None:
+        rows = x.movedim(1, -1) if self.kind == "conv2d" else x
+        rows = rows.reshape(-1, rows.shape[-1])
         self.vector &= x.dim() == 2
         low, high = torch.aminmax(rows, dim=0)
         low, high = low.float().cpu(), high.float().cpu()
@@ -93,7 +100,7 @@ class LayerObserver:
             return
         if self.balance is not None:
             rows = rows / self.balance.to(rows.device)
-        self._count(rows, interval)
+        self._count(rows, interval, branch)
         if self.kind == "linear":
             codes, scale, offset = quantize_rows(rows)
             error = (codes * scale + offset - rows).square().sum()
@@ -104,11 +111,11 @@ class LayerObserver:
         # A start that moves from call to call, so that no fixed set of pixels is all that is ever seen.
         return rows[self.calls * 7919 % step :: step].float() if step > 1 else rows.float()
 
-    def _count(self, rows: Tensor, interval: int) -> None:
+    def _count(self, rows: Tensor, interval: int, branch: int) -> None:
         assert self.histogram is not None
         low, high = float(self.bin_low[interval]), float(self.bin_high[interval])
         place = ((rows - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.int32)
-        self.histogram[interval] += torch.bincount(place.flatten(), minlength=BINS).cpu()
+        self.histogram[branch, interval] += torch.bincount(place.flatten(), minlength=BINS).cpu()
 
     def end_first_stage(self, weight: Tensor) -> None:
         """Choose the balance and lay out the histograms. weight: the layer's float weight, on any device."""
@@ -123,7 +130,7 @@ class LayerObserver:
         high = torch.where(seen, high, high[seen].max()).clamp_min(0)
         slack = (high - low).clamp_min(1e-6) * MARGIN
         self.bin_low, self.bin_high = low - slack, high + slack
-        self.histogram = torch.zeros(self.low.shape[0], BINS, dtype=torch.int64)
+        self.histogram = torch.zeros(BRANCHES, self.low.shape[0], BINS, dtype=torch.int64)
 
     def _balanced_range(self) -> tuple[Tensor, Tensor]:
         balance = self.balance if self.balance is not None else torch.ones(self.low.shape[1])
@@ -134,9 +141,11 @@ class LayerObserver:
         if self.histogram is None or int(self.histogram.sum()) == 0:
             return None
         low, high = self._balanced_range()
+        apart = gain(self.histogram, self.bin_low, self.bin_high) <= WORTHWHILE
+        branches = self.histogram if apart else None
         return LayerStatistics(
             self.kind, self.shape, self.order, low, high, self.balance,
-            self.histogram, self.bin_low, self.bin_high, self.row_error, self.vector,
+            self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector, branches,
         )  # fmt: skip
 
 
@@ -153,6 +162,8 @@ class ModelObserver:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._ran = 0
         self.interval = 0
+        self.active = True  # whether the call that runs counts
+        self.branches: tuple[int, ...] = (0,)
 
     def __enter__(self) -> ModelObserver:
         for path, module in self.layers.items():
@@ -166,9 +177,10 @@ class ModelObserver:
             handle.remove()
         self._handles.clear()
 
-    def start_call(self, t: Tensor) -> None:
-        """Tell the timesteps of the model call that begins, [B]."""
-        self.clock.set(t)
+    def start_call(self, t: Tensor, branches: tuple[int, ...] = (0,)) -> None:
+        """Tell the timesteps [B] and the branches (`Clock.set`) of the model call that begins."""
+        self.branches = branches
+        self.clock.set(t, branches)
         self.interval = int(self.clock.index(t.device))
 
     def end_first_stage(self, weights: dict[str, Tensor] | None = None) -> None:
@@ -190,8 +202,10 @@ class ModelObserver:
             if observer.order < 0:
                 observer.order = self._ran
                 self._ran += 1
+            if not self.active:
+                return
             try:
-                observer.observe(args[0], self.interval)
+                observer.observe(args[0], self.interval, self.branches)
             except FloatingPointError:
                 raise TfmqError(
                     f"Layer {path} received NaN or infinite values while the unquantized model was sampling, so "

@@ -60,17 +60,18 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, inverse_balanc
     return q.round_().add_(zero_point).clamp_(0, UINT8_MAX).to(torch.uint8)
 
 
-def quantize_rows(x: Tensor, inverse_balance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, inverse_balance: Tensor | None = None, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token affine quantization. x [M, K] -> int8 codes [M, K], scale [M, 1], offset [M, 1] (float32).
 
-    x * inverse_balance = offset + scale * codes, codes in -128 .. 127, so that the smallest and the largest entry of
-    every row are grid points.
+    x * inverse_balance = offset + scale * codes, codes in -2^(bits - 1) .. 2^(bits - 1) - 1, so that the smallest and
+    the largest entry of every row are grid points.
     """
+    half = 2 ** (bits - 1)
     x = x.float() if inverse_balance is None else x.float() * inverse_balance
     low, high = torch.aminmax(x, dim=1, keepdim=True)
-    scale = ((high - low) / UINT8_MAX).clamp_min(torch.finfo(torch.float32).tiny * 256)
-    codes = ((x - low) / scale).round_().sub_(128).clamp_(-128, 127).to(torch.int8)
-    return codes, scale, low + 128 * scale
+    scale = ((high - low) / (2 * half - 1)).clamp_min(torch.finfo(torch.float32).tiny * 256)
+    codes = ((x - low) / scale).round_().sub_(half).clamp_(-half, half - 1).to(torch.int8)
+    return codes, scale, low + half * scale
 
 
 def search_range(
@@ -99,7 +100,7 @@ def search_range(
         lo = (low + first * width).clamp(max=0.0)
         hi = (low + (last + 1) * width).clamp(min=0.0)
     elif method == "mse":
-        lo, hi = _least_error(counts, _bin_centers(counts, low, high), lo, hi, bits)
+        lo, hi = _least_error(counts, bin_centers(counts, low, high), lo, hi, bits)
     elif method != "minmax":
         raise ValueError(f"unknown range method {method!r}")
     empty = total == 0
@@ -110,14 +111,15 @@ def histogram_error(
     histogram: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8
 ) -> Tensor:
     """Squared error and energy of a static grid on a histogram: counts [I, B], the rest [I] -> float64 [I, 2]."""
-    counts, centers = histogram.double(), _bin_centers(histogram, low, high)
+    counts, centers = histogram.double(), bin_centers(histogram, low, high)
     scale = scale.double()
     bottom = -zero_point.double() * scale
     error = (counts * _grid_error(centers, bottom, bottom + (2**bits - 1) * scale, scale, 2.0)).sum(1)
     return torch.stack([error, (counts * centers.square()).sum(1)], dim=1)
 
 
-def _bin_centers(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def bin_centers(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Centres of the equal bins of [low, high], float64 [I, B], for a histogram [I, B]."""
     bins = histogram.shape[1]
     position = (torch.arange(bins, dtype=torch.float64, device=histogram.device) + 0.5) / bins
     return low.double().unsqueeze(1) + position * (high - low).double().unsqueeze(1)
@@ -138,15 +140,16 @@ def _grid_error(x: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, norm: flo
 
 
 def _least_error(counts: Tensor, centers: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    # Coordinate search: shrink both ends together, then each end alone. One end is often a hard edge (a SiLU never
-    # goes under -0.2785) that must not be cut when the other end's tail is.
+    # Coordinate search: shrink both ends together, then each end alone, out to the data again if that is better. One
+    # end is often a hard edge (a SiLU never goes under -0.2785) that must not be cut when the other end's tail is.
     shrink = torch.linspace(1.0, 0.3, 36, dtype=torch.float64)
+    data_lo, data_hi = lo, hi
     for move_lo, move_hi in ((True, True), (False, True), (True, False)):
         best = torch.full_like(lo, float("inf"))
         best_lo, best_hi = lo.clone(), hi.clone()
         for factor in shrink:
-            a = lo * factor if move_lo else lo
-            b = hi * factor if move_hi else hi
+            a = data_lo * factor if move_lo else lo
+            b = data_hi * factor if move_hi else hi
             error = (counts * _grid_error(centers, a, b, (b - a) / (2**bits - 1), RANGE_NORM)).sum(1)
             better = error < best
             best = torch.where(better, error, best)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STATIC, DYNAMIC = "static", "dynamic"
+# Ways to lay out a static range over time that are no method to choose one interval's range.
+ONE_RANGE, TDQ = "one range", "tdq"
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,7 @@ class Scheme:
 
     `weight_bits`: width of the weight codes (symmetric, one scale per output channel).
     `activation`: "static" (affine uint8, one scale and zero point per interval) or "dynamic" (affine, per token).
+    `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.
     `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
     """
 
@@ -21,10 +24,13 @@ class Scheme:
     activation_bits: int = 8
     activation: str = STATIC
     balanced: bool = False
+    branches: int = 1
 
     @property
     def label(self) -> str:
-        return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{' balanced' if self.balanced else ''}"
+        suffix = ", branches apart" if self.branches > 1 else ""
+        balanced = " balanced" if self.balanced else ""
+        return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{balanced}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class Recipe:
     """What a person asks for.
 
     `convolutions`: quantize Conv2d too. `activations`: "auto", "static" or "dynamic" (Linear only; a convolution is
-    always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax".
+    always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax" per interval, "one range"
+    for all of time, or "tdq", a learned function of time (these two by mse). `branches_apart`: allow a grid of its own
+    for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
     """
 
     name: str
@@ -41,6 +49,8 @@ class Recipe:
     convolutions: bool = True
     activations: str = "auto"
     ranges: str = "mse"
+    branches_apart: bool = True
+    temporal: str = "float"
 
 
 PRESETS = {
@@ -51,12 +61,14 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """`layers`: layer path -> scheme. `reasons`: layer path -> one line why. `left`: path -> why it stays in float."""
+    """`layers`: layer path -> scheme. `reasons`: layer path -> one line why. `left`: path -> why it stays in float.
+    `temporal`: where the temporal path is maintained, path -> how and why, one line for each of its layers."""
 
     recipe: Recipe
     layers: dict[str, Scheme]
     reasons: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    temporal: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,4 +76,5 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         layers = {path: Scheme(**scheme) for path, scheme in data["layers"].items()}
-        return cls(Recipe(**data["recipe"]), layers, dict(data["reasons"]), dict(data["left"]))
+        temporal = dict(data.get("temporal", {}))
+        return cls(Recipe(**data["recipe"]), layers, dict(data["reasons"]), dict(data["left"]), temporal)

@@ -17,8 +17,8 @@ from .scheme import STATIC, Scheme
 class LayerState:
     """One quantized layer.
 
-    codes int8 [N, K, ...]; scale float32 [N]; balance float32 [K] or None; act_scale float32 [I] and act_zero_point
-    int32 [I] of a static activation, else None. weight = codes * scale / balance.
+    codes int8 [N, K, ...]; scale float32 [N]; balance float32 [K] or None; act_scale float32 and act_zero_point int32
+    of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes * scale / balance.
     """
 
     kind: str
@@ -35,9 +35,16 @@ class LayerState:
         return sum(p.nbytes for p in parts if p is not None)
 
 
-def solve_layer(scheme: Scheme, statistics: LayerStatistics, weight: Tensor, ranges: str) -> LayerState:
+def solve_layer(
+    scheme: Scheme,
+    statistics: LayerStatistics,
+    weight: Tensor,
+    ranges: str,
+    grid: tuple[Tensor, Tensor] | None = None,
+) -> LayerState:
     """Quantize one layer. weight: float [N, K, ...], on any device; the result lies on the same device.
 
+    grid: scale and zero point per interval of a static activation, where they were found elsewhere (`temporal.tdq`).
     Raises FloatingPointError if the weight is not finite.
     """
     if not bool(torch.isfinite(weight).all()):
@@ -48,6 +55,7 @@ def solve_layer(scheme: Scheme, statistics: LayerStatistics, weight: Tensor, ran
     codes = quantize_weight(balanced, scale, scheme.weight_bits)
     act_scale = act_zero_point = None
     if scheme.activation == STATIC:
-        act_scale, act_zero_point = static_grid(statistics, ranges, scheme.activation_bits)
+        found = grid or static_grid(statistics, ranges, scheme.activation_bits, scheme.branches)
+        act_scale, act_zero_point = found
         act_scale, act_zero_point = act_scale.to(weight.device), act_zero_point.to(weight.device)
     return LayerState(statistics.kind, scheme, codes, scale, balance, act_scale, act_zero_point)

@@ -76,9 +76,14 @@ class Clock:
         self.axis = axis
         self.partition = partition
         self._index: dict[torch.device, Tensor] = {}
+        self.branches: tuple[int, ...] = (0,)
 
-    def set(self, t: Tensor) -> None:
-        """`t`: timesteps of one call, [B] or a scalar; the rows of one call share their timestep, the first counts."""
+    def set(self, t: Tensor, branches: tuple[int, ...] = (0,)) -> None:
+        """`t`: timesteps of one call, [B] or a scalar; the rows of one call share their timestep, the first counts.
+
+        `branches`: which equal share of the batch is conditional (0) and which unconditional (1), in order.
+        """
+        self.branches = branches
         index = self.partition.index(self.axis.position(t.reshape(-1)[:1]))
         self._slot(t.device).copy_(index)
         for device, slot in self._index.items():

@@ -67,7 +67,10 @@ class Finder(importlib.abc.MetaPathFinder):
     def _real(self, package: str):
         sys.meta_path.remove(self)
         try:
-            return importlib.import_module(package)
+            module = importlib.import_module(package)
+            # Else the import system would take the module's own spec, and run it a second time.
+            del sys.modules[package]
+            return module
         except Exception:  # a broken torchvision raises RuntimeError or OSError, not only ImportError
             for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
                 del sys.modules[name]

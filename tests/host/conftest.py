@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from demo import checkpoint
 from devkit.client import Client
 from devkit.host import Server

@@ -1,6 +1,7 @@
 """The host starts with the pack in it, and runs what the tests rely on."""
 
 import pytest
+
 from devkit import workflow
 from devkit.client import Client, HostError
 from devkit.host import Server

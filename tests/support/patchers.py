@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
+
 from devkit import inprocess
 from support import tiny
-from torch import Tensor
 
 inprocess.load_pack()
 
-import comfy.model_management
-import comfy.sample
-import comfy.sd
-import folder_paths
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 PACK = inprocess.PACK_MODULE
 
@@ -29,16 +33,19 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{PACK}.{name}")
 
 
-nodes = sys.modules[f"{PACK}.nodes"] if f"{PACK}.nodes" in sys.modules else module("nodes")
+nodes = module("nodes")
 TfmqError = module("tfmq.errors").TfmqError
 
 
-def keep_files_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def files_in(folder: Path) -> Iterator[None]:
     """Calibrations and saved models of this process go to `folder` and not into the host's own."""
-    for kind in ("tfmq_calibrations", "diffusion_models", "loras"):
-        monkeypatch.setitem(
-            folder_paths.folder_names_and_paths, kind, ([str(folder / kind)], folder_paths.supported_pt_extensions)
-        )
+    kinds = ("tfmq_calibrations", "diffusion_models")
+    places = {kind: ([str(folder / kind)], folder_paths.supported_pt_extensions) for kind in kinds}
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    with patch.dict(folder_paths.folder_names_and_paths, places):
+        yield
 
 
 def load(model: tiny.Tiny = tiny.SD15, **options: Any) -> Any:
@@ -60,9 +67,9 @@ def latent(batch: int = 1, height: int = 8, width: int = 8) -> dict[str, Any]:
     return {"samples": torch.zeros(batch, 4, height, width), "downscale_ratio_spacial": 8}
 
 
-def calibrate(patcher: Any, prompts: int = 2, **changed: Any) -> Any:
+def calibrate(patcher: Any, count: int = 2, **changed: Any) -> Any:
     """The handle of a calibration with random CONDITIONINGs; `changed` are inputs of TFMQ Calibrate."""
-    positives = {f"positive{i}": conditioning(i) for i in range(prompts)}
+    positives = {f"positive{i}": conditioning(i) for i in range(count)}
     inputs = {
         "latent": latent(), "seed": 0, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal",
         "positives": positives, "intervals": 5,
@@ -76,7 +83,9 @@ def quantize(patcher: Any, handle: Any, recipe: str = "W8A8", **options: Any) ->
         return nodes.Quantize.execute(patcher, handle, recipe, **options).args[0]
 
 
-def sample(patcher: Any, positive: Any = None, seed: int = 7, steps: int = 2, cfg: float = 1.0, **options: Any) -> Tensor:
+def sample(
+    patcher: Any, positive: Any = None, seed: int = 7, steps: int = 2, cfg: float = 1.0, **options: Any
+) -> Tensor:
     """The latent that a KSampler makes."""
     positive = conditioning(1) if positive is None else positive
     start = options.pop("start", torch.zeros(1, 4, 8, 8))
@@ -88,10 +97,14 @@ def sample(patcher: Any, positive: Any = None, seed: int = 7, steps: int = 2, cf
         )  # fmt: skip
 
 
-def bring_in(patcher: Any, memory: int = 0, force: bool = False) -> None:
-    """Load the MODEL onto its device, as before sampling."""
-    with torch.inference_mode():
-        comfy.model_management.load_models_gpu([patcher])
+def only(megabytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the host believe that this much more memory is free for the next model."""
+    original = ModelPatcher.partially_load
+
+    def partially_load(self: Any, device: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
+        return original(self, device, megabytes * 1e6, force_patch_weights)
+
+    monkeypatch.setattr(ModelPatcher, "partially_load", partially_load)
 
 
 def weights(patcher: Any) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from devkit import inprocess
 from devkit.paths import CACHE
-from torch import Tensor, nn
 
 FOLDER = CACHE / "tiny"
 VERSION = 1  # counts up when weights or models change
@@ -100,7 +101,8 @@ def _sd3(where: dict[str, Any]) -> nn.Module:
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}
     return OpenAISignatureMMDITWrapper(
         input_size=None, patch_size=2, in_channels=16, out_channels=16, depth=2, adm_in_channels=32,
-        context_embedder_config=embedder, num_patches=256, pos_embed_max_size=16, pos_embed_scaling_factor=None, **where,
+        context_embedder_config=embedder, num_patches=256, pos_embed_max_size=16, pos_embed_scaling_factor=None,
+        **where,
     )  # fmt: skip
 
 

@@ -23,8 +23,10 @@ from ..calibration import Calibration
 from ..errors import TfmqError
 from ..files import VERSION, read_calibration, write_calibration
 from ..observe import ModelObserver
+from ..temporal.sampling_times import TRAJECTORY
 from ..timeline import Clock, Partition
-from .clock import timesteps
+from .clock import branches, sample_sigmas, timesteps
+from .look import StepChoice
 from .model import (
     candidates,
     fingerprint,
@@ -63,16 +65,23 @@ Run = Callable[[ModelPatcher, int, Callable[..., None]], None]
 
 
 def calibrate(
-    patcher: ModelPatcher, run: Run, prompts: int, steps: int, intervals: int, settings: Settings
+    patcher: ModelPatcher,
+    run: Run,
+    prompts: int,
+    steps: int,
+    intervals: int,
+    settings: Settings,
+    look: str = TRAJECTORY,
 ) -> tuple[CalibrationHandle, bool]:
     """Calibrate, or find the sidecar of an identical request. Returns the handle and whether it was there already.
 
+    look: which steps of a run the observers see (`temporal.sampling_times`).
     The MODEL is unchanged on every way out, interrupt included. Raises TfmqError for anything the person can mend.
     """
     network = require_float_model(patcher)
     model = fingerprint(patcher)
     partition = Partition.uniform(intervals)
-    digest = hashlib.sha256(f"{VERSION} {model} {intervals} {prompts} {sampling_kind(patcher)}".encode())
+    digest = hashlib.sha256(f"{VERSION} {model} {intervals} {prompts} {look} {sampling_kind(patcher)}".encode())
     update_digest(digest, settings.identity)
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{digest.hexdigest()[:24]}.safetensors"
     if path.exists():
@@ -86,9 +95,12 @@ def calibrate(
     clock = Clock(time_axis(patcher), partition)
     observer = ModelObserver([(p, m) for p, m in candidates(network).items() if p not in keep], clock)
     clone = patcher.clone()
+    seen = StepChoice(look)
 
     def watch(executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer.start_call(timesteps(executor, sigma))
+        t = timesteps(executor, sigma)
+        observer.start_call(t, branches(args, kwargs))
+        observer.active = seen(executor.class_obj.model_sampling, t, sample_sigmas(args, kwargs))
         return executor(x, sigma, *args, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_observe", watch)
@@ -101,6 +113,7 @@ def calibrate(
             if place == first:
                 observer.end_first_stage()
             comfy.model_management.throw_exception_if_processing_interrupted()
+            seen.start_run(prompt)
             run(clone, prompt, progress.callback(place))
     layers = observer.statistics()
     if not layers:
@@ -108,7 +121,8 @@ def calibrate(
             "The calibration saw no Linear or Conv2d layer run: this model computes with layers that TFMQ does not "
             "know."
         )
-    result = Calibration(model, sampling_kind(patcher), clock.axis, partition, layers, settings.text)
+    about = settings.text if look == TRAJECTORY else {**settings.text, "steps looked at": look}
+    result = Calibration(model, sampling_kind(patcher), clock.axis, partition, layers, about)
     write_calibration(path, result)
     return CalibrationHandle(str(path)), False
 
@@ -135,11 +149,14 @@ class _Progress:
 
 def encode_prompts(clip: Any, text: str) -> list[Any]:
     """One CONDITIONING per non-empty line. Raises TfmqError where there is no line, or no text encoder."""
-    if clip is None:
-        raise TfmqError("There are prompts but no CLIP: connect the checkpoint's CLIP, or CONDITIONINGs instead.")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise TfmqError("The prompts are empty: type at least one prompt, one per line (8 to 64 are a good number).")
+        raise TfmqError(
+            "The prompts are empty: type at least one prompt, one per line (8 to 64 are a good number), or connect "
+            "CONDITIONINGs."
+        )
+    if clip is None:
+        raise TfmqError("There are prompts but no CLIP: connect the checkpoint's CLIP, or CONDITIONINGs instead.")
     conditionings = []
     for line in lines:
         comfy.model_management.throw_exception_if_processing_interrupted()

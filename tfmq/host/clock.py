@@ -1,4 +1,4 @@
-"""Tells the leaves of a model which interval the call that begins belongs to."""
+"""Tells the leaves of a model where on the time axis the call that begins is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,31 @@ from ..timeline import Clock
 class ClockWrapper:
     """APPLY_MODEL wrapper: one signature for every architecture, sigma in, and it runs once per call of the network."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, *clocks: Clock) -> None:
+        self.clocks = clocks
 
     def __call__(self, executor: Callable[..., Any], x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.clock.set(timesteps(executor, sigma))
+        t, rows = timesteps(executor, sigma), branches(args, kwargs)
+        for clock in self.clocks:
+            clock.set(t, rows)
         return executor(x, sigma, *args, **kwargs)
+
+
+def branches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Which equal share of the batch of a call is conditional (0) and which unconditional (1), in order.
+
+    args, kwargs: of `apply_model` behind x and sigma: c_concat, c_crossattn, control, transformer_options, ...
+    """
+    return tuple(_options(args, kwargs).get("cond_or_uncond") or (0,))
+
+
+def sample_sigmas(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The sigmas of the whole run [S + 1], where the host tells them; arguments as of `branches`."""
+    return _options(args, kwargs).get("sample_sigmas")
+
+
+def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
 
 
 def timesteps(executor: Any, sigma: Tensor) -> Tensor:

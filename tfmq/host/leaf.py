@@ -6,6 +6,7 @@ docs/architecture.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,13 +45,18 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         self, state: LayerState, geometry: Geometry, clock: Clock, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(state, geometry, clock)
-        self.weight = nn.Parameter(quantized_tensor(state, dtype), requires_grad=False)
+        self._hold(quantized_tensor(state, dtype), bias)
+
+    def _hold(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
+        """What the host finds and expects on a leaf."""
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.weight_function = []
         self.bias_function: list[Any] = []  # the host extends it in place, so it must not be the class's own
         # LoRA deltas that came after quantization; owned by `lora.reconcile`.
         self.residuals: tuple[Residual, ...] = ()
-        self._codes: QuantizedTensor | None = None
+        # The merged float weight while a hooked LoRA is on.
+        self.hooked: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
@@ -58,9 +64,11 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
             self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
         )  # fmt: skip
-        if isinstance(weight, QuantizedTensor):
-            y = self.compute(x, self.weight, weight._qdata, weight._params.scale, bias)
-        else:  # another pack's weight function, or a hooked LoRA: the host hands over a float weight
+        if self.hooked is not None:
+            y = self.float_forward(x, self.hooked.to(x.device, x.dtype), bias)
+        elif isinstance(weight, QuantizedTensor):
+            y = self.integer_forward(x, weight, bias)
+        else:  # another pack's weight function: the host hands over a float weight
             y = self.float_forward(x, weight.to(x.dtype), bias)
         for residual in self.residuals:
             y = y + self.residual_forward(x, residual)
@@ -86,6 +94,10 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
     def weight_lowvram_function(self, function: Any) -> None:
         pass
 
+    def integer_forward(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        """weight: on x's device."""
+        return self.compute(x, self.weight, weight._qdata, weight._params.scale, bias)
+
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
@@ -108,26 +120,31 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
 
         Asked to return it (when saving) we round the merged weight on the old scale. During a load we keep the codes:
         `lora.reconcile`, which runs when the load is complete, adds the patch as a residual. What is left is a hooked
-        LoRA that comes and goes between two calls: for as long as it is on, the layer computes in float.
+        LoRA that comes and goes between two calls: while it is on (`lora.unhook`), the layer computes in float.
         """
-        own = self.weight
-        assert isinstance(own, Tensor)
         if return_weight:
-            codes = own if isinstance(own, QuantizedTensor) else self._codes
-            assert codes is not None
-            return codes.requantize_from_float(weight)
+            own = self.weight
+            assert isinstance(own, QuantizedTensor)
+            return own.requantize_from_float(weight)
         if inplace_update:
-            if isinstance(own, QuantizedTensor):
-                self._codes = own.data if isinstance(own.data, QuantizedTensor) else own
-            self.weight = nn.Parameter(weight.to(own.dtype), requires_grad=False)
+            self.hooked = weight
         return None
 
-    def restore_codes(self) -> None:
-        """Back from the float weight of a hooked LoRA to the codes."""
-        if self._codes is not None:
-            if not isinstance(self.weight, QuantizedTensor):
-                self.weight = nn.Parameter(self._codes.to(self.weight.device), requires_grad=False)
-            self._codes = None
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Torch cannot detach a wrapper subclass in inference mode (where the host runs a graph) that was made outside
+        # of it (where the host unloads a model on request); one that was made inside is good for both.
+        if isinstance(param, QuantizedTensor) and not param.is_inference():
+            with torch.inference_mode():
+                param = nn.Parameter(param._copy_with(clone_params=False), requires_grad=False)
+        super().register_parameter(name, param)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _HostLeaf:
+        with torch.inference_mode():  # a QuantizedTensor does not know how to copy itself
+            memo[id(self.weight)] = nn.Parameter(self.weight.clone(), requires_grad=False)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> _HostLeaf:
         # nn.Module._apply swaps `param.data`, which a wrapper subclass does not take.
@@ -136,7 +153,7 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
                 moved = fn(param)
                 if moved.is_inference() and not torch.is_inference_mode_enabled():
                     moved = moved.clone()
-                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+                self.register_parameter(name, nn.Parameter(moved, requires_grad=False))
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)

@@ -25,10 +25,18 @@ def reconcile(patcher: ModelPatcher, device: torch.device | None, *_: Any) -> No
     for path, module in patcher.model.named_modules():
         if not isinstance(module, _HostLeaf):
             continue
-        module.restore_codes()
+        module.hooked = None
         patches = patcher.patches.get(f"{path}.weight", [])
         where = module.weight.device if device is None else device
         module.residuals = tuple(r.to(where) for r in _residuals(patches, module, f"{path}.weight"))
+
+
+def unhook(patcher: ModelPatcher, hooks: Any = None) -> None:
+    """ON_APPLY_HOOKS and ON_CLEANUP callback: leaves whose weight none of `hooks` patches compute in integers again."""
+    on = {} if hooks is None else patcher.get_combined_hook_patches(hooks)
+    for path, module in patcher.model.named_modules():
+        if isinstance(module, _HostLeaf) and f"{path}.weight" not in on:
+            module.hooked = None
 
 
 def _residuals(patches: list[tuple], leaf: _HostLeaf, key: str) -> list[Residual]:

@@ -10,6 +10,7 @@ import comfy.model_base
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from ..timeline import TimeAxis
 PREFIX = "diffusion_model."
 ATTACHMENT = "tfmq"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+COMPILED = "torch.compile"  # under which the host's own node hangs its wrapper
 SAMPLES = 64  # entries of each tensor that enter a fingerprint
 
 
@@ -37,7 +39,11 @@ def require_float_model(patcher: Any) -> nn.Module:
         )
     if patcher.attachments.get(ATTACHMENT) is not None:
         raise TfmqError("This MODEL is already quantized by TFMQ: connect the one that goes into TFMQ Quantize.")
-    if "diffusion_model" in patcher.object_patches or PREFIX[:-1] in patcher.model_options.get("torch_compile", {}):
+    compiled = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED)
+    if compiled or any(
+        PREFIX.startswith(f"{key}.") or (key.startswith(PREFIX) and hasattr(patch, "_orig_mod"))
+        for key, patch in patcher.object_patches.items()
+    ):
         raise TfmqError("This MODEL is compiled: put torch.compile behind TFMQ Quantize, not before it.")
     # Another clone may have its leaves or its merged LoRA in the shared modules at this moment.
     comfy.model_management.unload_model_and_clones(patcher)

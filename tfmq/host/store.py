@@ -1,8 +1,9 @@
 """TFMQ Save and TFMQ Load: a quantized network as one file in ComfyUI's model folders.
 
 Beside the float parameters, under the model's own names: `X.weight` int8 codes, `X.weight_scale`, `X.weight_balance`,
-`X.tfmq_act_scale`, `X.tfmq_act_zero_point`. Linear layers also carry a `X.comfy_quant` that names a format of ours, so
-that a host without this pack stops with an error instead of taking codes for weights.
+`X.tfmq_act_scale`, `X.tfmq_act_zero_point`; for layers of the temporal path the tensors of a `TemporalState`. Linear
+layers also carry a `X.comfy_quant` that names a format of ours, so that a host without this pack stops with an error
+instead of taking codes for weights.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..timeline import Clock, Partition, TimeAxis
 from .leaf import make_leaf
 from .model import PREFIX, sampling_kind
 from .swap import Quantized, attach, backends_of, require_quantized
+from .temporal_leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
 FOLDER = "diffusion_models"
 FORMAT = {"format": "tfmq_int8"}
@@ -51,8 +53,17 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
     baked = patcher.clone()
     baked.patches = {key: baked.patches[key][:count] for key, count in quantized.baked.items()}
     tensors: dict[str, Tensor] = {}
+    temporal: dict[str, Any] = {}
+    for layer in quantized.plan.temporal:
+        leaf = patcher.get_model_object(PREFIX + layer)
+        if isinstance(leaf, TemporalLinear):
+            temporal[layer], found = to_file(layer, leaf)
+            tensors |= found
+            if leaf.bias is not None:
+                tensors[f"{layer}.bias"] = smallest_exact(leaf.bias.detach())
+            tensors[f"{layer}.comfy_quant"] = _marker()
     for key in patcher.model.diffusion_model.state_dict():
-        if key.rpartition(".")[0] not in quantized.plan.layers:
+        if key.rpartition(".")[0] not in quantized.plan.layers and key.rpartition(".")[0] not in temporal:
             comfy.model_management.throw_exception_if_processing_interrupted()
             weight = baked.patch_weight_to_device(PREFIX + key, device_to=patcher.load_device, return_weight=True)
             tensors[key] = smallest_exact(weight.detach().cpu())
@@ -70,13 +81,14 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
         "axis": [quantized.clock.axis.low, quantized.clock.axis.high],
         "edges": list(quantized.clock.partition.edges),
         "bytes": [quantized.bytes_before, quantized.bytes_after],
+        "temporal": temporal,
+        "deaf": list(quantized.deaf),
     }
     write(path, tensors, manifest)
     return path
 
 
 def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
-    leaf.restore_codes()
     weight = leaf.weight
     assert isinstance(weight, QuantizedTensor)
     found = {
@@ -88,8 +100,12 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
         "bias": None if leaf.bias is None else smallest_exact(leaf.bias.detach()),
     }
     if not leaf.geometry.is_conv:
-        found["comfy_quant"] = torch.tensor(list(json.dumps(FORMAT).encode()), dtype=torch.uint8)
+        found["comfy_quant"] = _marker()
     return {f"{path}.{name}": value for name, value in found.items() if value is not None}
+
+
+def _marker() -> Tensor:
+    return torch.tensor(list(json.dumps(FORMAT).encode()), dtype=torch.uint8)
 
 
 def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
@@ -109,9 +125,14 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
             for layer in plan.layers
         }
         codes = {layer: tensors[f"{layer}.weight"] for layer in plan.layers}
+        before, after = manifest["bytes"]
+        deaf = tuple(str(name) for name in manifest.get("deaf", ()))
+        temporal = {layer: from_file(layer, about, tensors) for layer, about in manifest.get("temporal", {}).items()}
+        for layer in temporal:
+            tensors.pop(f"{layer}.comfy_quant", None)
     except (KeyError, TypeError, ValueError) as error:
         raise TfmqError(f"{file.name} does not hold what its manifest says: get or make it again.") from error
-    patcher = _build(file, tensors, set(plan.layers), disable_dynamic)
+    patcher = _build(file, tensors, {*plan.layers, *temporal}, disable_dynamic)
     network = patcher.model.diffusion_model
     geometries: dict[str, Geometry] = {}
     for layer, scheme in plan.layers.items():
@@ -132,11 +153,17 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
             bias = bias.to(module.weight.dtype)
         leaf = make_leaf(module, state, geometry, clock, bias, module.weight.dtype)
         comfy.utils.set_attr(patcher.model, PREFIX + layer, leaf.to(patcher.offload_device))
+    temporal_clock = None
+    for layer, temporal_layer in temporal.items():
+        temporal_clock = temporal_clock or finite_set_clock(clock.axis, temporal_layer.points)
+        dtype, bias = network.get_submodule(layer).weight.dtype, tensors.get(f"{layer}.bias")
+        leaf = TemporalLinear(temporal_layer, temporal_clock, None if bias is None else bias.to(dtype), dtype)
+        comfy.utils.set_attr(patcher.model, PREFIX + layer, leaf.to(patcher.offload_device))
     backends, passed_over = backends_of(plan, geometries, patcher.load_device)
-    before, after = manifest["bytes"]
     quantized = Quantized(
-        plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, backends, passed_over
-    )
+        plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, backends, passed_over,
+        temporal_clock, deaf,
+    )  # fmt: skip
     attach(patcher, quantized, comfy.model_management.module_size(patcher.model))
     patcher.cached_patcher_init = (load, (path,))
     return patcher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+from ..scheme import Plan
 from .swap import Quantized
 
 MEGABYTE = 1e6
@@ -15,8 +16,7 @@ def text(quantized: Quantized) -> str:
     plan = quantized.plan
     schemes = Counter((kind(quantized, path), scheme.label) for path, scheme in plan.layers.items())
     lines = [
-        f"{plan.recipe.name}: {len(plan.layers)} of {len(plan.layers) + len(plan.left)} Linear and Conv2d layers "
-        "compute in integers",
+        f"{plan.recipe.name}: {len(plan.layers)} of {total(plan)} Linear and Conv2d layers compute in integers",
         *(f"  {count} {what} {label}" for (what, label), count in sorted(schemes.items())),
         f"network: {quantized.bytes_before / MEGABYTE:.1f} MB -> {quantized.bytes_after / MEGABYTE:.1f} MB "
         f"({quantized.bytes_before / max(quantized.bytes_after, 1):.2f} x smaller)",
@@ -29,6 +29,9 @@ def text(quantized: Quantized) -> str:
     lines += [f"  {name} passed over: {why}" for name, why in sorted(quantized.passed_over.items())]
     reasons = Counter(plan.left.values())
     lines += [f"left in float: {count} layers, {why}" for why, count in sorted(reasons.items())]
+    if plan.temporal:
+        lines.append(f"temporal path: {plan.recipe.temporal}")
+        lines += [f"  {path}: {why}" for path, why in plan.temporal.items()]
     return "\n".join(lines)
 
 
@@ -39,7 +42,7 @@ def report(quantized: Quantized) -> str:
     return json.dumps(
         {
             "layers": {
-                "total": len(plan.layers) + len(plan.left),
+                "total": total(plan),
                 "quantized_linear": kinds["Linear"],
                 "quantized_conv": kinds["Conv2d"],
             },
@@ -48,9 +51,15 @@ def report(quantized: Quantized) -> str:
             "left": dict(Counter(plan.left.values())),
             "backends": quantized.backends,
             "reasons": plan.reasons,
+            "temporal": {"mode": plan.recipe.temporal, "layers": plan.temporal},
         },
         indent=1,
     )
+
+
+def total(plan: Plan) -> int:
+    """Linear and Conv2d layers of the network."""
+    return len(plan.layers) + len(plan.left) + len(plan.temporal)
 
 
 def kind(quantized: Quantized, path: str) -> str:

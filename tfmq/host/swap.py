@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
+from comfy.hooks import EnumHookMode
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from ..kernels.geometry import Geometry, geometry_of
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
 from ..scheme import STATIC, Plan, Recipe
 from ..solve import LayerState, solve_layer
+from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import lora
+from . import lora, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -33,6 +35,7 @@ from .model import (
     require_float_model,
     sampling_kind,
 )
+from .temporal_leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
 
@@ -44,7 +47,8 @@ class Quantized:
     `kinds`: layer path -> "linear" or "conv2d". `model`, `sampling`: fingerprint and kind of sampling of the float
     model. `bytes_before`, `bytes_after`: of the network's parameters. `baked`: how many patches of each remaining key
     were there when it was quantized; later ones are somebody's LoRA and not part of the model. `backends`: operation
-    -> backend -> number of layers, on the machine at hand.
+    -> backend -> number of layers, on the machine at hand. `temporal_clock`: of the temporal leaves, where there are
+    any; `deaf`: parameters of the network that a later LoRA cannot change, or not fully.
     """
 
     plan: Plan
@@ -57,6 +61,8 @@ class Quantized:
     baked: dict[str, int]
     backends: dict[str, dict[str, int]] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
+    temporal_clock: Clock | None = None
+    deaf: tuple[str, ...] = ()
 
 
 def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, progress: Any) -> ModelPatcher:
@@ -80,19 +86,32 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
     device = patcher.load_device
     cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
     plan = decide(recipe, calibration, kinds, keep, cost)
+    grids = over_time(plan, calibration)
 
     clone = patcher.clone()
     clock = Clock(calibration.axis, calibration.partition)
     offload = patcher.offload_device
     before = comfy.model_management.module_size(network)
     saved = 0
+    first = temporal_quant.steps(network, recipe.temporal)
+    total = first + len(plan.layers)
+    temporal_clock, deaf = None, tuple[str, ...]()
+    if recipe.temporal != temporal_quant.FLOAT:
+        temporal = temporal_quant.solve(
+            patcher, network, recipe.temporal, calibration.axis, lambda done, _: progress(done, total)
+        )
+        left = {path: why for path, why in plan.left.items() if path not in temporal.reasons}
+        plan = replace(plan, left=left, temporal=temporal.reasons)
+        temporal_clock, deaf = finite_set_clock(calibration.axis, temporal.points), temporal.deaf
+        for path, found in temporal.states.items():
+            saved += _put_temporal(clone, patcher, path, modules[path], found, temporal_clock)
     for done, (path, scheme) in enumerate(plan.layers.items()):
         comfy.model_management.throw_exception_if_processing_interrupted()
         key = PREFIX + path
         module = modules[path]
         weight = float_weight(patcher, f"{key}.weight")
         try:
-            state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
+            state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges, grids.get(path))
         except FloatingPointError as error:
             raise TfmqError(f"Layer {path} cannot be quantized: {error}; load an intact copy of the model.") from None
         bias = None
@@ -103,25 +122,48 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
         for name in (f"{key}.weight", f"{key}.bias"):
             clone.patches.pop(name, None)  # merged above; the host must not add them a second time
         saved += weight_of(module).nbytes - state.nbytes
-        progress(done + 1, len(plan.layers))
+        progress(first + done + 1, total)
     baked = {key: len(patches) for key, patches in clone.patches.items()}
     backends, passed_over = backends_of(plan, geometries, device)
     attach(
         clone,
         Quantized(
             plan, {path: kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
-            before, before - saved, baked, backends, passed_over,
+            before, before - saved, baked, backends, passed_over, temporal_clock, deaf,
         ),
-        comfy.model_management.module_size(patcher.model) - saved,
+        patcher.model_size() - saved,
     )  # fmt: skip
     return clone
+
+
+def _put_temporal(
+    clone: ModelPatcher, patcher: ModelPatcher, path: str, module: nn.Module, state: TemporalState, clock: Clock
+) -> int:
+    """Hang a temporal leaf into `clone` in place of `module`; returns the bytes that this saves."""
+    key, weight, bias = PREFIX + path, weight_of(module), None
+    if module.bias is not None:
+        bias = float_weight(patcher, f"{key}.bias").to(patcher.offload_device, weight.dtype)
+    leaf = TemporalLinear(state, clock, bias, weight.dtype)
+    clone.add_object_patch(key, leaf)
+    for name in (f"{key}.weight", f"{key}.bias"):
+        clone.patches.pop(name, None)
+    dropped = bias.nbytes if isinstance(bias, Tensor) and leaf.bias is None else 0
+    return weight.nbytes + dropped - state.nbytes
 
 
 def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place. size: its true bytes."""
     patcher.set_attachments(ATTACHMENT, quantized)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(quantized.clock))
+    clocks = [clock for clock in (quantized.clock, quantized.temporal_clock) if clock is not None]
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(*clocks))
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, lora.reconcile)
+    if quantized.deaf:
+        warning = temporal_quant.DeafWarning(quantized.deaf, quantized.baked)
+        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, warning)
+    patcher.add_callback_with_key(CallbacksMP.ON_APPLY_HOOKS, WRAPPER, lora.unhook)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER, lora.unhook)
+    # The faster mode copies merged float weights from a cache right over the codes.
+    patcher.set_hook_mode(EnumHookMode.MinVram)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
 

@@ -55,9 +55,11 @@ def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def linear_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear_dynamic(
+    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
+) -> Tensor:
     """As `reference.linear_dynamic`."""
-    q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance)
+    q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits)
     y = reference.dynamic_epilogue(matmul(q, weight), _plain(weight), row_scale, row_offset, bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 

@@ -32,8 +32,13 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a integer [M, K], b integer [N, K] -> int32 [M, N] = a b^T, exact."""
     if a.device.type == "cpu":
         return a.int() @ b.int().t()
+    return chunked_matmul(a, b)  # no other device multiplies int32 matrices
+
+
+def chunked_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """As `integer_matmul`, through float products short enough to be exact."""
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for k in range(0, a.shape[1], EXACT_CHUNK):  # no other device multiplies int32 matrices
+    for k in range(0, a.shape[1], EXACT_CHUNK):
         part = a[:, k : k + EXACT_CHUNK].float() @ b[:, k : k + EXACT_CHUNK].float().t()
         out += part.to(torch.int32)
     return out
@@ -47,9 +52,14 @@ def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def linear_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x float [..., K] -> [..., N] in x's dtype; every row of x is quantized on its own affine grid."""
-    q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance)
+def linear_dynamic(
+    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
+) -> Tensor:
+    """x float [..., K] -> [..., N] in x's dtype; every row of x is quantized on its own affine grid.
+
+    bits: of its codes.
+    """
+    q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits)
     acc = integer_matmul(q.int(), weight.codes)
     y = dynamic_epilogue(acc, weight, row_scale, row_offset, bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)

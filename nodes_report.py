@@ -1,0 +1,93 @@
+"""TFMQ Temporal Report: the node face of `tfmq.host.temporal_report`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from .tfmq.errors import TfmqError
+from .tfmq.host import temporal_report
+from .tfmq.report import temporal as plots
+
+CalibrationType = io.Custom("TFMQ_CALIBRATION")
+
+
+class TemporalReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TFMQ_TemporalReport",
+            display_name="TFMQ Temporal Report",
+            category="TFMQ",
+            description=(
+                "Shows what quantization would do to everything the model knows about time: error curves over the "
+                "timestep for each way to keep the temporal layers, the choice under a byte budget with its reasons, "
+                "and, with a calibration, the activation ranges of all layers over time. SD1.5-class models."
+            ),
+            search_aliases=["temporal", "timestep", "TIB", "TIAR", "plot", "disturbance", "tfmq-dm"],
+            inputs=[
+                io.Model.Input("model", tooltip="The 16- or 32-bit model, with any LoRA that shall count."),
+                CalibrationType.Input(
+                    "calibration", optional=True, tooltip="From TFMQ Calibrate; adds the heat map of ranges."
+                ),
+                io.Int.Input(
+                    "budget_kb", default=0, min=0, max=1 << 22,
+                    tooltip="Bytes for the temporal layers in kB (1000 bytes); 0: as many as their int8 variant takes.",
+                ),
+                io.Int.Input(
+                    "intervals", default=25, min=1, max=200, advanced=True,
+                    tooltip="Into how many parts the time axis is cut for the curves and the choice.",
+                ),
+                io.Int.Input(
+                    "tiar_steps", default=200, min=0, max=20000, advanced=True,
+                    tooltip="Steps of the joint rounding that follows the layer-wise one; 0 leaves it out.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="curves"),
+                io.Image.Output(display_name="ranges", tooltip="Needs a calibration; else the curves again."),
+                io.String.Output(display_name="summary"),
+                io.String.Output(display_name="report", tooltip="All numbers as JSON."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, budget_kb: int, calibration: Any = None, intervals: int = 25, tiar_steps: int = 200
+    ) -> io.NodeOutput:
+        reason = plots.missing()
+        if reason is not None:
+            raise TfmqError(f"The plots cannot be drawn because {reason}: install it with pip and queue again.")
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        found = temporal_report.examine(model, intervals, tiar_steps, 1000 * budget_kb or None, progress)
+        curves = plots.curves(found.curves(), found.centers, "timestep").unsqueeze(0)
+        ranges, numbers = curves, temporal_report.data(found)
+        if calibration is not None:
+            learnt = calibration.load()
+            axis = learnt.axis
+            centers = [axis.low + c * (axis.high - axis.low) for c in learnt.partition.centers]
+            numbers["activation_ranges"] = temporal_report.activation_ranges(learnt)
+            ranges = plots.heat_map(numbers["activation_ranges"], centers, "timestep").unsqueeze(0)
+        text = temporal_report.table(found)
+        pictures = ui.PreviewImage(curves, cls=cls).as_dict()
+        return io.NodeOutput(
+            curves, ranges, text, json.dumps(_strict(numbers)), ui={**pictures, **ui.PreviewText(text).as_dict()}
+        )
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: None instead."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

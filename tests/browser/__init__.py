@@ -1,0 +1,1 @@
+"""Tests that drive the front end as a person does."""

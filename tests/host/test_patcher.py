@@ -1,0 +1,203 @@
+"""The leaf contract in the host's own patcher: cloning, loading, partial loading, going back to the base model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from support import patchers
+
+import comfy.model_management  # isort: skip
+import comfy.ops  # isort: skip
+from comfy.quant_ops import QuantizedTensor  # isort: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(tmp_path_factory):
+    with patchers.files_in(tmp_path_factory.mktemp("host")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base():
+    return patchers.load()
+
+
+@pytest.fixture(scope="module")
+def calibration(base):
+    return patchers.calibrate(base)
+
+
+@pytest.fixture(scope="module")
+def quantized(base, calibration):
+    return patchers.quantize(base, calibration)
+
+
+def linear_and_conv(patcher):
+    found = patchers.leaves(patcher)
+    linear = next(path for path, leaf in found.items() if "Linear" in type(leaf).__name__)
+    conv = next(path for path, leaf in found.items() if "Conv2d" in type(leaf).__name__)
+    return linear, conv
+
+
+def test_the_output_is_close_to_that_of_the_float_model(base, quantized):
+    error = patchers.distance(patchers.sample(quantized), patchers.sample(base))
+    assert 1e-4 < error < 0.05  # measured 0.015 on these random weights; zero would mean that nothing is quantized
+
+
+def test_the_base_model_is_bit_identical_after_use_of_a_quantized_clone(base, quantized):
+    picture, weights = patchers.sample(base), patchers.weights(base)
+    modules = {name: id(module) for name, module in base.model.named_modules()}
+    patchers.sample(quantized)
+    assert torch.equal(patchers.sample(base), picture)
+    after = patchers.weights(base)
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[key], weights[key]) for key in weights)
+    assert {name: id(module) for name, module in base.model.named_modules()} == modules
+    assert base.size == comfy.model_management.module_size(base.model)
+    assert not base.wrappers.get("apply_model") and not base.object_patches
+
+
+def test_the_patcher_is_new_to_the_host_and_has_its_true_size(base, quantized):
+    assert quantized.patches_uuid != base.patches_uuid
+    assert not quantized.is_clone(None) and quantized.is_clone(base)
+    patchers.sample(base)  # the host must see that other weights are wanted now
+    patchers.sample(quantized)
+    for path, leaf in patchers.leaves(quantized).items():
+        assert quantized.model.get_submodule(f"diffusion_model.{path}") is leaf
+        assert leaf.comfy_patched_weights is True, path
+    loaded = comfy.model_management.module_size(quantized.model)
+    buffers = sum(b.nbytes for leaf in patchers.leaves(quantized).values() for b in leaf.buffers())
+    assert quantized.model_size() == pytest.approx(loaded, rel=0.01)
+    assert quantized.model_size() < 0.5 * base.model_size()
+    assert buffers < 0.01 * loaded
+    assert quantized.clone().model_size() == quantized.model_size()
+
+
+def test_a_clone_of_a_clone_gives_the_same_picture(quantized):
+    picture = patchers.sample(quantized)
+    assert torch.equal(patchers.sample(quantized.clone().clone()), picture)
+
+
+def test_two_quantized_clones_of_one_model_do_not_disturb_each_other(base, calibration):
+    static = patchers.quantize(base, calibration, activations="static")
+    dynamic = patchers.quantize(base, calibration, activations="dynamic")
+    first, second = patchers.sample(static), patchers.sample(dynamic)
+    assert not torch.equal(first, second)
+    assert torch.equal(patchers.sample(static), first)
+    assert torch.equal(patchers.sample(dynamic), second)
+
+
+def test_a_leaf_is_what_the_host_expects(base, quantized):
+    comfy.model_management.unload_model_and_clones(base)
+    for path, leaf in patchers.leaves(quantized).items():
+        replaced = base.model.get_submodule(f"diffusion_model.{path}")
+        assert list(leaf.children()) == []
+        assert isinstance(leaf, comfy.ops.CastWeightBiasOp) and not leaf.comfy_cast_weights
+        assert set(dict(leaf.named_parameters())) == set(dict(replaced.named_parameters()))
+        assert set(leaf.state_dict()) <= {"weight", "bias", "weight_scale", "weight_balance", "comfy_quant"}
+        assert isinstance(leaf.weight, QuantizedTensor) and isinstance(leaf.weight, nn.Parameter)
+        assert leaf.weight.shape == replaced.weight.shape and leaf.weight.dtype == replaced.weight.dtype
+        assert not leaf.weight.requires_grad
+        if isinstance(replaced, nn.Conv2d):
+            assert "Conv2d" in type(leaf).__name__
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        else:
+            assert "Linear" in type(leaf).__name__
+            names = ("in_features", "out_features")
+        for name in (*names, *(["padding_mode"] if isinstance(replaced, nn.Conv2d) else [])):
+            assert getattr(leaf, name) == getattr(replaced, name)
+        error = patchers.distance(leaf.weight.dequantize(), replaced.weight)
+        assert 0 < error < 0.02, path
+
+
+def test_convert_and_set_weight(quantized):
+    for path in linear_and_conv(quantized):
+        leaf = copy.deepcopy(patchers.leaves(quantized)[path])
+        codes = leaf.weight._qdata.clone()
+        value = leaf.convert_weight(leaf.weight, inplace=True)
+        assert type(value) is torch.Tensor and value.is_floating_point() and value.shape == leaf.weight.shape
+        value = value.clone()
+        value[0] += 0.01
+        returned = leaf.set_weight(value, inplace_update=False, seed=1, return_weight=True)
+        assert isinstance(returned, QuantizedTensor)
+        assert torch.equal(returned._qdata[1:], codes[1:])  # what was not touched keeps its codes
+        assert not torch.equal(returned._qdata[0], codes[0])
+        assert leaf.set_weight(value, inplace_update=False, seed=1) is None
+        assert torch.equal(leaf.weight._qdata, codes)  # a load does not round the merged weight
+
+
+def test_moving_and_copying_a_leaf(quantized):
+    for path in linear_and_conv(quantized):
+        leaf = patchers.leaves(quantized)[path]
+        codes = leaf.weight._qdata.clone()
+        x = torch.randn(2, *_input(leaf))
+        y = leaf(x)
+        twin = copy.deepcopy(leaf)
+        assert twin.weight is not leaf.weight
+        assert torch.equal(twin.weight._qdata, codes) and torch.equal(twin(x), y)
+        assert torch.equal(leaf.to("cpu")(x), y)
+        moved = copy.deepcopy(leaf).to("meta")
+        assert moved.weight.device.type == "meta" and moved.weight.shape == leaf.weight.shape
+        table = twin.act_scale
+        twin.to(torch.float16)  # the codes and the tables must stay what they are
+        assert twin.weight._qdata.dtype is torch.int8
+        assert table is None or twin.act_scale.dtype is torch.float32
+        state = leaf.state_dict()
+        assert torch.equal(getattr(state["weight"], "_qdata", state["weight"]), codes)
+        assert pickle.loads(pickle.dumps(leaf.scheme)) == leaf.scheme
+
+
+def test_no_float_weight_is_made_in_the_forward_pass(quantized, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a float weight was made")
+
+    monkeypatch.setattr(patchers.module("tfmq.host.layout").Int8Layout, "dequantize", refuse)
+    monkeypatch.setattr(patchers.module("tfmq.host.leaf").QuantLinear, "float_forward", refuse)
+    monkeypatch.setattr(patchers.module("tfmq.host.leaf").QuantConv2d, "float_forward", refuse)
+    patchers.sample(quantized)
+
+
+@pytest.mark.parametrize("megabytes", [4, 10, 20])
+def test_partial_loading_gives_the_same_picture(base, quantized, monkeypatch, megabytes):
+    whole = patchers.sample(quantized)
+    patchers.weights(quantized)  # unloads
+    patchers.only(megabytes, monkeypatch)
+    assert torch.equal(patchers.sample(quantized), whole)
+    assert quantized.model.model_lowvram
+    streamed = [not getattr(leaf, "comfy_patched_weights", False) for leaf in patchers.leaves(quantized).values()]
+    assert any(streamed)
+    patchers.weights(quantized)
+    monkeypatch.undo()
+    assert torch.equal(patchers.sample(quantized), whole)
+    assert not quantized.model.model_lowvram
+
+
+def test_partial_unloading_gives_the_same_picture(quantized, monkeypatch):
+    whole = patchers.sample(quantized)
+    freed = quantized.partially_unload(quantized.offload_device, 6_000_000)
+    assert freed > 6_000_000 * 0.9
+    patchers.only(0, monkeypatch)
+    assert torch.equal(patchers.sample(quantized), whole)
+    patchers.weights(quantized)
+
+
+def test_a_compiled_leaf_runs(quantized):
+    for path in linear_and_conv(quantized):
+        leaf = patchers.leaves(quantized)[path]
+        x = torch.randn(2, *_input(leaf))
+        with torch.no_grad():
+            compiled = torch.compile(leaf, backend="eager", fullgraph=False)
+            assert torch.equal(compiled(x), leaf(x))
+
+
+def test_the_host_can_sample_at_other_sizes_and_batches(base, quantized):
+    for start in (torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 12, 6)):
+        error = patchers.distance(patchers.sample(quantized, start=start), patchers.sample(base, start=start))
+        assert error < 0.06  # measured 0.02
+
+
+def _input(leaf: nn.Module) -> tuple[int, ...]:
+    return (leaf.in_channels, 6, 5) if "Conv2d" in type(leaf).__name__ else (3, leaf.in_features)

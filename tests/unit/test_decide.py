@@ -1,0 +1,166 @@
+"""Recipe and statistics to plan: the rule, the reasons, the grids."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tfmq.calibration import Calibration
+from tfmq.decide import decide, dynamic_error, static_error, static_grid
+from tfmq.errors import TfmqError
+from tfmq.observe import LayerStatistics
+from tfmq.quantizer import affine_grid, histogram_error, search_range
+from tfmq.scheme import DYNAMIC, PRESETS, STATIC, Recipe, Scheme
+from tfmq.timeline import Partition, TimeAxis
+
+
+def statistics(
+    kind: str = "linear", intervals: int = 4, per_token: float = 1e-6, *, vector: bool = False,
+    balance: Tensor | None = None, visited: list[int] | None = None, seed: int = 0,
+) -> LayerStatistics:  # fmt: skip
+    """A bell over 128 bins, another width in every interval. per_token: squared error of an energy of 1."""
+    x = torch.randn(intervals, 5000, generator=torch.Generator().manual_seed(seed)).clamp(-3.9, 3.9)
+    x = x * torch.linspace(0.5, 2.0, intervals).unsqueeze(1)
+    low, high = x.amin(1) - 0.5, x.amax(1) + 0.5
+    rows = [torch.histc(row, 128, float(a), float(b)) for row, a, b in zip(x, low, high, strict=True)]
+    histogram = torch.stack(rows).long()
+    seen_low, seen_high = x.amin(1), x.amax(1)
+    if visited is not None:
+        absent = torch.tensor([i not in visited for i in range(intervals)])
+        histogram[absent] = 0
+        seen_low, seen_high = (
+            seen_low.masked_fill(absent, float("inf")), seen_high.masked_fill(absent, float("-inf"))
+        )  # fmt: skip
+    row_error = torch.tensor([[per_token, 1.0]], dtype=torch.float64).repeat(intervals, 1)
+    shape = (4, 3, 3, 3) if kind == "conv2d" else (4, 3)
+    return LayerStatistics(
+        kind=kind, shape=shape, order=0, low=seen_low, high=seen_high, balance=balance, histogram=histogram,
+        bin_low=low, bin_high=high, row_error=row_error, vector=vector,
+    )  # fmt: skip
+
+
+def calibration(layers: dict[str, LayerStatistics]) -> Calibration:
+    return Calibration("model", "EPS", TimeAxis(0, 999), Partition.uniform(4), layers, {})
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), min_size=1))))
+def test_unvisited_intervals_are_interpolated(case: tuple[int, set[int]]) -> None:
+    intervals, visited = case
+    known = sorted(visited)
+    found = statistics(intervals=intervals, visited=known)
+    low, high = search_range(found.histogram, found.bin_low, found.bin_high, "mse")
+    low, high = torch.maximum(low, found.low), torch.minimum(high, found.high)
+    expected = [torch.from_numpy(np.interp(range(intervals), known, v[known].double().numpy())) for v in (low, high)]
+    scale, zero_point = static_grid(found, "mse")
+    want_scale, want_zero = affine_grid(expected[0].float(), expected[1].float())
+    torch.testing.assert_close(scale, want_scale)
+    assert int((zero_point - want_zero).abs().max()) <= 1
+    assert bool((scale > 1e-4).all())  # none fell back to an empty range
+
+
+def test_a_grid_never_reaches_beyond_the_data() -> None:
+    found = statistics()
+    scale, zero_point = static_grid(found, "minmax")
+    bottom, top = -zero_point * scale, (255 - zero_point) * scale
+    assert bool((bottom >= found.low - scale).all()) and bool((top <= found.high + scale).all())
+    assert bool((bottom <= found.low + scale).all()) and bool((top >= found.high - scale).all())
+
+
+def test_the_errors() -> None:
+    found = statistics(per_token=0.04)
+    scale, zero_point = static_grid(found, "mse")
+    sums = histogram_error(found.histogram, found.bin_low, found.bin_high, scale, zero_point).sum(0)
+    assert static_error(found, "mse") == pytest.approx(float(sums[0] / sums[1]) ** 0.5)
+    assert static_error(found, "mse", 4) > 4 * static_error(found, "mse", 8)
+    assert dynamic_error(found) == pytest.approx(0.2)
+    # one part in 255 of the range: the figure is what uniform rounding makes of it, up to clipping
+    assert 0.5 * float(scale[-1]) / 12**0.5 / 2.0 < static_error(found, "minmax") < 0.05
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", [1.0, 1.3])
+def test_static_is_chosen_up_to_the_cost_of_dynamic(cost: float) -> None:
+    static = static_error(statistics(), "mse")
+    for share, expected in ((0.999, DYNAMIC), (1.001, STATIC)):
+        # error(static)^2 <= error(dynamic)^2 * cost turns at error(dynamic)^2 = static^2 / cost
+        found = statistics(per_token=static**2 / cost * share**2)
+        plan = decide(PRESETS["W8A8"], calibration({"a": found}), {"a": "linear"}, {}, cost)
+        assert plan.layers["a"].activation == expected
+        assert f"{static:.2e}" in plan.reasons["a"] and f"{cost:.2f}" in plan.reasons["a"]
+
+
+def test_the_ranges_of_the_recipe_count() -> None:
+    """An input whose outermost entry spoils minmax but not mse."""
+    found = statistics()
+    found.histogram[:, 0] = 1
+    mse, minmax = static_error(found, "mse"), static_error(found, "minmax")
+    assert mse <= minmax
+    for ranges, error in (("mse", mse), ("minmax", minmax)):
+        plan = decide(Recipe("r", ranges=ranges), calibration({"a": found}), {"a": "linear"}, {})
+        assert f"static {error:.2e}" in plan.reasons["a"]
+
+
+@pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
+def test_what_is_asked_for_is_done(activations: str) -> None:
+    layers = {"good": statistics(per_token=1e-12), "bad": statistics(per_token=1.0), "conv": statistics("conv2d")}
+    kinds = {path: s.kind for path, s in layers.items()}
+    plan = decide(Recipe("r", activations=activations), calibration(layers), kinds, {})
+    assert plan.layers["good"].activation == plan.layers["bad"].activation == activations
+    assert plan.layers["conv"].activation == STATIC  # no per-token scale exists for overlapping patches
+    assert plan.reasons == {"good": "asked for", "bad": "asked for", "conv": "convolution"}
+
+
+def test_bits_and_balance_enter_the_scheme() -> None:
+    layers = {"plain": statistics(), "balanced": statistics(balance=torch.ones(3))}
+    plan = decide(Recipe("r", 4, 6, activations=STATIC), calibration(layers), dict.fromkeys(layers, "linear"), {})
+    assert plan.layers["plain"] == Scheme(4, 6, STATIC, balanced=False)
+    assert plan.layers["balanced"] == Scheme(4, 6, STATIC, balanced=True)
+
+
+# --- what stays in float ----------------------------------------------------------------------------------------------
+
+
+def test_everything_left_in_float_says_why() -> None:
+    layers = {
+        "yes": statistics(), "conv": statistics("conv2d"), "vector": statistics(vector=True), "kept": statistics(),
+    }  # fmt: skip
+    kinds = {"yes": "linear", "conv": "conv2d", "vector": "linear", "kept": "linear", "unseen": "linear"}
+    plan = decide(PRESETS["W8A8 Linear only"], calibration(layers), kinds, {"kept": "the first layer"})
+    assert set(plan.layers) == set(plan.reasons) == {"yes"}
+    assert set(plan.left) == {"conv", "vector", "kept", "unseen"}
+    assert plan.left["kept"] == "the first layer"
+    assert "W8A8 Linear only" in plan.left["conv"]
+    assert "never" in plan.left["unseen"]
+    assert "one row per image" in plan.left["vector"]
+    assert plan.recipe == PRESETS["W8A8 Linear only"]
+    assert "conv" in decide(PRESETS["W8A8"], calibration(layers), kinds, {}).layers
+
+
+def test_what_must_stay_wins_over_every_other_reason() -> None:
+    layers = {"yes": statistics(), "conv": statistics("conv2d"), "vector": statistics(vector=True)}
+    kinds = {"yes": "linear", "conv": "conv2d", "vector": "linear", "unseen": "linear"}
+    keep = dict.fromkeys(("conv", "vector", "unseen"), "kept")
+    assert decide(PRESETS["W8A8 Linear only"], calibration(layers), kinds, keep).left == keep
+
+
+def test_layers_that_the_model_no_longer_has_are_not_planned() -> None:
+    plan = decide(PRESETS["W8A8"], calibration({"a": statistics(), "gone": statistics()}), {"a": "linear"}, {})
+    assert set(plan.layers) == {"a"} and not plan.left
+
+
+@pytest.mark.parametrize(
+    ("kinds", "keep"), [({}, {}), ({"a": "linear"}, {"a": "kept"}), ({"v": "linear"}, {}), ({"x": "linear"}, {})]
+)
+def test_nothing_to_quantize_is_an_error(kinds: dict[str, str], keep: dict[str, str]) -> None:
+    found = calibration({"a": statistics(), "v": statistics(vector=True)})
+    with pytest.raises(TfmqError, match="W8A8 finds no layer") as error:
+        decide(PRESETS["W8A8"], found, kinds, keep)
+    assert "2 layers" in str(error.value)

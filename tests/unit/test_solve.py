@@ -1,0 +1,90 @@
+"""From plan and statistics to integers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tfmq.decide import static_grid
+from tfmq.observe import LayerStatistics
+from tfmq.quantizer import per_channel
+from tfmq.scheme import DYNAMIC, STATIC, Scheme
+from tfmq.solve import solve_layer
+
+SHAPES = [(5, 7), (6, 4, 3, 3), (3, 1, 1, 1)]
+
+
+def statistics(weight: Tensor, balance: Tensor | None = None, intervals: int = 4) -> LayerStatistics:
+    g = torch.Generator().manual_seed(0)
+    return LayerStatistics(
+        kind="conv2d" if weight.dim() == 4 else "linear", shape=tuple(weight.shape), order=0,
+        low=torch.full((intervals,), -2.0), high=torch.full((intervals,), 6.0), balance=balance,
+        histogram=torch.randint(1, 100, (intervals, 64), generator=g), bin_low=torch.full((intervals,), -2.5),
+        bin_high=torch.full((intervals,), 6.5), row_error=torch.ones(intervals, 2, dtype=torch.float64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_codes_scale_and_balance_make_the_weight(
+    shape: tuple[int, ...], bits: int, dtype: torch.dtype, balanced: bool
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    vector = torch.rand(shape[1], generator=torch.Generator().manual_seed(2)) + 0.5
+    before = weight.clone()
+    scheme = Scheme(weight_bits=bits, balanced=balanced)
+    state = solve_layer(scheme, statistics(weight, vector), weight, "mse")
+    assert torch.equal(weight, before)
+    assert state.codes.dtype == torch.int8 and state.codes.shape == shape
+    assert int(state.codes.abs().max()) == 2 ** (bits - 1) - 1
+    assert state.scale.dtype == torch.float32 and state.scale.shape == (shape[0],)
+    assert (state.balance is not None) == balanced
+    s = per_channel(vector.double(), len(shape), 1) if balanced else 1.0
+    step = per_channel(state.scale.double(), len(shape))
+    assert bool(((state.codes.double() * step - weight.double() * s).abs() <= step * 0.50001).all())
+
+
+def test_activation_tables() -> None:
+    weight = torch.randn(5, 7)
+    found = statistics(weight)
+    static = solve_layer(Scheme(activation=STATIC), found, weight, "mse")
+    scale, zero_point = static_grid(found, "mse")
+    assert static.act_scale is not None and static.act_zero_point is not None
+    assert torch.equal(static.act_scale, scale) and torch.equal(static.act_zero_point, zero_point)
+    assert static.act_scale.dtype == torch.float32 and static.act_zero_point.dtype == torch.int32
+    assert static.act_scale.shape == (4,)
+    wide = solve_layer(Scheme(activation=STATIC), found, weight, "minmax")
+    assert wide.act_scale is not None and bool((wide.act_scale >= scale).all())
+    dynamic = solve_layer(Scheme(activation=DYNAMIC), found, weight, "mse")
+    assert dynamic.act_scale is None and dynamic.act_zero_point is None
+    assert torch.equal(dynamic.codes, static.codes)
+
+
+def test_bytes() -> None:
+    weight = torch.randn(5, 7)
+    found = statistics(weight, torch.ones(7))
+    assert solve_layer(Scheme(activation=DYNAMIC), found, weight, "mse").nbytes == 35 + 20
+    assert solve_layer(Scheme(balanced=True), found, weight, "mse").nbytes == 35 + 20 + 28 + 16 + 16
+
+
+def test_a_scheme_without_balance_ignores_the_vector() -> None:
+    weight = torch.randn(5, 7)
+    with_vector = solve_layer(Scheme(), statistics(weight, torch.rand(7) + 0.5), weight, "mse")
+    assert with_vector.balance is None
+    assert torch.equal(with_vector.codes, solve_layer(Scheme(), statistics(weight), weight, "mse").codes)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_weight_is_an_error(bad: float) -> None:
+    weight = torch.randn(5, 7)
+    weight[2, 3] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        solve_layer(Scheme(), statistics(weight), weight, "mse")
+
+
+def test_no_gradient_is_kept() -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 7))
+    state = solve_layer(Scheme(), statistics(weight), weight, "mse")
+    assert not any(t.requires_grad for t in (state.codes, state.scale, state.act_scale) if t is not None)
+    assert torch.all(solve_layer(Scheme(), statistics(weight), torch.zeros(5, 7), "mse").codes == 0)
