@@ -201,6 +201,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "temporal", options=list(temporal_quant.MODES), default=temporal_quant.FLOAT, advanced=True,
+                    optional=True,
                     tooltip=(
                         "Layers that only know the timestep (SD1.5-like models): left in float, in integers with "
                         "rounding fitted to all timesteps, or the best mix with caches within the bytes of int8."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import uuid
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ def int8_model(patcher: ModelPatcher, paths: Iterable[str], rotated: bool) -> Mo
     The patcher's model must be in float and hold no patches.
     """
     # Another clone may have its layers in the shared network at this moment.
+    gc.collect()  # a model that dies while the host walks over its list would shift it
     comfy.model_management.unload_model_and_clones(patcher)
     clone = patcher.clone()
     for path in paths:

@@ -10,6 +10,8 @@ and the input has no heavy tail (largest magnitude over the 99.9th percentile at
 entries carry the layer, and other prompts bring larger ones than the calibration saw). Errors are relative L2, cost =
 time of a dynamic layer over a static one as the backend of this machine declares it.
 
+A per-token layer is rotated (`rotation`) where that lowers its squared error by a fifth or more.
+
 A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
 a fifth or more (`guidance`). A convolution is always static: its inputs overlap, so that no scale per token exists.
 """
@@ -26,9 +28,11 @@ from .errors import TfmqError
 from .guidance import BRANCHES
 from .observe import LayerStatistics
 from .quantizer import affine_grid, bin_centers, histogram_error, search_range
+from .rotation import group_of
 from .scheme import DYNAMIC, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
 
 HEAVY_TAIL = 3.0
+ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a dynamic layer is rotated
 
 
 def decide(
@@ -67,6 +71,7 @@ def decide(
                 activation,
                 statistics.balance is not None,
                 BRANCHES if apart else 1,
+                rotation_of(statistics) if activation == DYNAMIC else 0,
             )
     if not chosen:
         raise TfmqError(
@@ -121,6 +126,14 @@ def tail_ratio(statistics: LayerStatistics) -> float:
     seen = counts.sum(1) > 0
     reach = torch.maximum(-statistics.low[seen], statistics.high[seen]).max()
     return float(reach / centers[order][at].clamp_min(1e-30))
+
+
+def rotation_of(statistics: LayerStatistics) -> int:
+    """Block size of the rotation of a dynamic layer, 0 where it does not lower the squared error enough."""
+    plain, rotated = statistics.row_error.sum(0)[0], statistics.rotated_error
+    if rotated is None or float(rotated.sum(0)[0]) > ROTATION_WORTHWHILE * float(plain):
+        return 0
+    return group_of(statistics.shape[1])
 
 
 def _activation(recipe: Recipe, statistics: LayerStatistics, dynamic_cost: float) -> tuple[str, str]:

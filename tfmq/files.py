@@ -98,6 +98,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             "low": s.low, "high": s.high, "balance": s.balance, "histogram": relative.half(), "peak": peak,
             "bin_low": s.bin_low, "bin_high": s.bin_high, "row_error": s.row_error,
         }  # fmt: skip
+        if s.rotated_error is not None:
+            parts["rotated_error"] = s.rotated_error
         if s.branches is not None:
             parts["branches"] = (s.branches.float() / peak.clamp_min(1).unsqueeze(1)).half()
         tensors |= {f"{path_in_model}:{name}": value for name, value in parts.items() if value is not None}
@@ -127,7 +129,8 @@ def read_calibration(path: Path) -> Calibration:
                 branches = branches.float() * tensors[f"{name}:peak"].unsqueeze(1)
             layers[name] = LayerStatistics(
                 kind=about["kind"], shape=tuple(about["shape"]), order=about["order"], histogram=histogram,
-                balance=tensors.get(f"{name}:balance"), vector=about["vector"], branches=branches, **part,
+                balance=tensors.get(f"{name}:balance"), vector=about["vector"], branches=branches,
+                rotated_error=tensors.get(f"{name}:rotated_error"), **part,
             )  # fmt: skip
         axis, partition = TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"]))
         return Calibration(manifest["model"], manifest["sampling"], axis, partition, layers, manifest["settings"])

@@ -15,6 +15,7 @@ from .guidance import split
 from .kernels.geometry import Geometry, StaticInput
 from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from .quantizer import dequantize_weight, per_channel
+from .rotation import rotate
 from .solve import LayerState
 from .timeline import Clock
 
@@ -59,7 +60,11 @@ class LeafCore(nn.Module):
             self._prepared = prepared
         run = getattr(prepared[1].module, self.operation)
         if self.act_scale is None:
-            return run(x, prepared[2], self.inverse_balance, bias, self.scheme.activation_bits)
+            if not self.scheme.rotation:
+                return run(x, prepared[2], self.inverse_balance, bias, self.scheme.activation_bits)
+            rows = x.float() if self.inverse_balance is None else x.float() * self.inverse_balance
+            y = run(rotate(rows, self.scheme.rotation), prepared[2], None, bias, self.scheme.activation_bits)
+            return y.to(x.dtype)
         if self.act_scale.dim() == 1:
             return self._static(x, prepared[2], self.act_scale, self._zero_points(), bias, run)
         pieces = []
@@ -116,6 +121,8 @@ class _PlainLeaf(LeafCore):
     def dequantize(self) -> Tensor:
         """The float weight that the codes stand for, float32 [N, K, ...]."""
         weight = dequantize_weight(self.codes, self.weight_scale)
+        if self.scheme.rotation:
+            weight = rotate(weight, self.scheme.rotation)
         inverse = self.inverse_balance
         return weight if inverse is None else weight * per_channel(inverse, weight.dim(), 1)
 

@@ -18,6 +18,7 @@ from .balance import choose_balance
 from .errors import TfmqError
 from .guidance import BRANCHES, WORTHWHILE, gain, split
 from .quantizer import quantize_rows
+from .rotation import group_of, rotate
 from .timeline import Clock
 
 BINS = 1024
@@ -33,7 +34,8 @@ class LayerStatistics:
     greatest balanced input. balance [K] or None. histogram [I, B] of the balanced input over equal bins of
     [bin_low, bin_high]. row_error [I, 2]: squared error of per-token quantization, and energy (zeros for conv2d).
     vector: every input had one row per image (no tokens, no pixels). branches [2, I, B]: the histogram of the
-    conditional and of the unconditional rows, only where a grid for each lowers the error.
+    conditional and of the unconditional rows, only where a grid for each lowers the error. rotated_error: as row_error
+    after a Hadamard rotation (`rotation`), or None where the channels do not divide into blocks.
     Intervals that no call visited have zero counts.
     """
 
@@ -49,6 +51,7 @@ class LayerStatistics:
     row_error: Tensor
     vector: bool = False
     branches: Tensor | None = None
+    rotated_error: Tensor | None = None
 
 
 class LayerObserver:
@@ -74,6 +77,8 @@ class LayerObserver:
         self.bin_low = torch.zeros(intervals)
         self.bin_high = torch.zeros(intervals)
         self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
+        self.rotation = group_of(channels) if self.kind == "linear" else 0
+        self.rotated_error = torch.zeros(intervals, 2, dtype=torch.float64)
 
     def observe(self, x: Tensor, interval: int, branches: tuple[int, ...] = (0,)) -> None:
         """x: the layer's input, [..., K] or [B, K, H, W]; branches: as in `Clock.set`."""
@@ -102,9 +107,9 @@ class LayerObserver:
             rows = rows / self.balance.to(rows.device)
         self._count(rows, interval, branch)
         if self.kind == "linear":
-            codes, scale, offset = quantize_rows(rows)
-            error = (codes * scale + offset - rows).square().sum()
-            self.row_error[interval] += torch.stack([error, rows.square().sum()]).double().cpu()
+            self.row_error[interval] += _row_error(rows)
+            if self.rotation:
+                self.rotated_error[interval] += _row_error(rotate(rows, self.rotation))
 
     def _sample(self, rows: Tensor) -> Tensor:
         step = -(-rows.numel() // SAMPLE)
@@ -141,12 +146,20 @@ class LayerObserver:
         if self.histogram is None or int(self.histogram.sum()) == 0:
             return None
         low, high = self._balanced_range()
+        rotated = self.rotated_error if self.rotation else None
         apart = gain(self.histogram, self.bin_low, self.bin_high) <= WORTHWHILE
         branches = self.histogram if apart else None
         return LayerStatistics(
             self.kind, self.shape, self.order, low, high, self.balance,
-            self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector, branches,
+            self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector, branches, rotated,
         )  # fmt: skip
+
+
+def _row_error(rows: Tensor) -> Tensor:
+    """Squared error of per-token quantization of rows [M, K], and their energy: float64 [2]."""
+    codes, scale, offset = quantize_rows(rows)
+    error = (codes * scale + offset - rows).square().sum()
+    return torch.stack([error, rows.square().sum()]).double().cpu()
 
 
 class ModelObserver:

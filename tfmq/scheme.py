@@ -18,6 +18,7 @@ class Scheme:
     `activation`: "static" (affine uint8, one scale and zero point per interval) or "dynamic" (affine, per token).
     `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.
     `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
+    `rotation`: block size of the Hadamard rotation of the (balanced) input of a dynamic Linear, 0 for none.
     """
 
     weight_bits: int = 8
@@ -25,11 +26,12 @@ class Scheme:
     activation: str = STATIC
     balanced: bool = False
     branches: int = 1
+    rotation: int = 0
 
     @property
     def label(self) -> str:
         suffix = ", branches apart" if self.branches > 1 else ""
-        balanced = " balanced" if self.balanced else ""
+        balanced = (" balanced" if self.balanced else "") + (" rotated" if self.rotation else "")
         return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{balanced}{suffix}"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .decide import static_grid
 from .observe import LayerStatistics
 from .quantizer import channel_scale, per_channel, quantize_weight
+from .rotation import rotate
 from .scheme import STATIC, Scheme
 
 
@@ -18,7 +19,8 @@ class LayerState:
     """One quantized layer.
 
     codes int8 [N, K, ...]; scale float32 [N]; balance float32 [K] or None; act_scale float32 and act_zero_point int32
-    of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes * scale / balance.
+    of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes * scale, rotated back by
+    `scheme.rotation`, / balance.
     """
 
     kind: str
@@ -51,6 +53,8 @@ def solve_layer(
         raise FloatingPointError("the weight holds NaN or infinite values")
     balance = statistics.balance.to(weight.device) if scheme.balanced and statistics.balance is not None else None
     balanced = weight.float() if balance is None else weight.float() * per_channel(balance, weight.dim(), 1)
+    if scheme.rotation:
+        balanced = rotate(balanced, scheme.rotation)
     scale = channel_scale(balanced, scheme.weight_bits)
     codes = quantize_weight(balanced, scale, scheme.weight_bits)
     act_scale = act_zero_point = None

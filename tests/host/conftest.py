@@ -1,5 +1,6 @@
 """A real ComfyUI for the tests of this folder."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.host)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _dead_models_go_at_once() -> Iterator[None]:
+    """Models of one module die at its end, and not while the host walks over its list of models in the next."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

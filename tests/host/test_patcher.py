@@ -91,7 +91,7 @@ def test_two_quantized_clones_of_one_model_do_not_disturb_each_other(base, calib
 
 
 def test_a_leaf_is_what_the_host_expects(base, quantized):
-    comfy.model_management.unload_model_and_clones(base)
+    patchers.module("tfmq.host.model").release(base)
     for path, leaf in patchers.leaves(quantized).items():
         replaced = base.model.get_submodule(f"diffusion_model.{path}")
         assert list(leaf.children()) == []

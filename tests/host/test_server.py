@@ -9,6 +9,8 @@ from devkit.paths import WORKFLOWS
 from support import tiny
 
 NODES = {"TFMQ_Calibrate", "TFMQ_CalibrateCustom", "TFMQ_Quantize", "TFMQ_Save", "TFMQ_Load", "TFMQ_Compare"}
+# Inputs that name a file of the person's own.
+FILES = {"ckpt_name", "model_name"}
 
 
 def test_the_host_lists_every_node_of_the_pack(client: Client, server: Server):
@@ -32,6 +34,19 @@ def test_example_workflows_fit_the_host(client: Client, name: str):
         assert not missing, f"node {key} ({node['class_type']}) lacks {missing}"
         known = set(required) | set(nodes[node["class_type"]]["input"].get("optional", {}))
         assert {name.split(".")[0] for name in node["inputs"]} <= known
+
+
+@pytest.mark.parametrize("name", ["quantize_sd15", "load_sd15"])
+def test_choices_in_the_example_workflows_are_choices_of_the_host(client: Client, name: str):
+    """The front end saves widgets by place: a new one in front of others would shift every saved workflow."""
+    nodes = client.object_info()
+    prompt = workflow.to_prompt(workflow.load(WORKFLOWS / f"{name}.json"), nodes)
+    for key, node in prompt.items():
+        groups = nodes[node["class_type"]]["input"]
+        for input_name, spec in {**groups.get("required", {}), **groups.get("optional", {})}.items():
+            choices = spec[0] if isinstance(spec[0], list) else spec[1].get("options") if spec[0] == "COMBO" else None
+            if choices is not None and input_name in node["inputs"] and input_name not in FILES:
+                assert node["inputs"][input_name] in choices, f"node {key} ({node['class_type']}): {input_name}"
 
 
 @pytest.mark.parametrize("model", tiny.ALL, ids=lambda model: model.name)

@@ -332,7 +332,7 @@ def test_unloaded_between_runs_and_on_another_device():
     cached = host.apply(base, PLENTY)
     record = host.require(cached)
     first = sample(cached, "Flux")
-    comfy.model_management.unload_model_and_clones(cached)
+    import_module(f"{PACK_MODULE}.tfmq.host.model").release(cached)
     assert record.table.nbytes == 0
     assert torch.equal(sample(cached, "Flux"), first)
     assert record.last.filled == 1

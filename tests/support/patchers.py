@@ -109,7 +109,7 @@ def only(megabytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(patcher: Any) -> dict[str, Tensor]:
     """Copies of all parameters of the network that the MODEL has in common with its clones."""
-    comfy.model_management.unload_model_and_clones(patcher)
+    module("tfmq.host.model").release(patcher)
     return {key: value.detach().clone() for key, value in patcher.model.state_dict().items()}
 
 

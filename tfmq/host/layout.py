@@ -11,6 +11,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from torch import Tensor
 
 from ..quantizer import channel_scale, dequantize_weight, per_channel, quantize_weight
+from ..rotation import rotate
 from ..solve import LayerState
 
 NAME = "TFMQInt8Layout"
@@ -21,9 +22,11 @@ class Int8Layout(QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        """scale: float32 [N]. balance: float32 [K], or [1] holding 1 where the layer is not balanced."""
+        """scale: float32 [N]. balance: float32 [K], or [1] holding 1 where the layer is not balanced. rotation: block
+        size of the rotation that is folded into the codes, or 0."""
 
         balance: Tensor
+        rotation: int = 0
 
         def _tensor_fields(self) -> list[str]:
             return ["scale", "balance"]
@@ -38,14 +41,21 @@ class Int8Layout(QuantizedLayout):
             scale = channel_scale(tensor)
         else:
             balance, scale = like._params.balance.to(tensor.device), like._params.scale.to(tensor.device)
+        rotation = 0 if like is None else like._params.rotation
         balanced = tensor.float() * per_channel(balance, tensor.dim(), 1)
+        if rotation:
+            balanced = rotate(balanced, rotation)
         dtype = tensor.dtype if like is None else like._params.orig_dtype
-        params = cls.Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(tensor.shape), balance=balance)
+        params = cls.Params(
+            scale=scale, orig_dtype=dtype, orig_shape=tuple(tensor.shape), balance=balance, rotation=rotation
+        )
         return quantize_weight(balanced, scale), params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         weight = dequantize_weight(qdata, params.scale)
+        if params.rotation:
+            weight = rotate(weight, params.rotation)
         return weight.div_(per_channel(params.balance, weight.dim(), 1)).to(params.orig_dtype)
 
     @classmethod
@@ -68,6 +78,7 @@ def quantized_tensor(state: LayerState, dtype: torch.dtype) -> QuantizedTensor:
     """The weight of a solved layer; dtype: what it stands for (that of the float model)."""
     balance = torch.ones(1, device=state.codes.device) if state.balance is None else state.balance
     params = Int8Layout.Params(
-        scale=state.scale, orig_dtype=dtype, orig_shape=tuple(state.codes.shape), balance=balance
-    )
+        scale=state.scale, orig_dtype=dtype, orig_shape=tuple(state.codes.shape), balance=balance,
+        rotation=state.scheme.rotation,
+    )  # fmt: skip
     return QuantizedTensor(state.codes, NAME, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from typing import Any
 
@@ -46,7 +47,7 @@ def require_float_model(patcher: Any) -> nn.Module:
     ):
         raise TfmqError("This MODEL is compiled: put torch.compile behind TFMQ Quantize, not before it.")
     # Another clone may have its leaves or its merged LoRA in the shared modules at this moment.
-    comfy.model_management.unload_model_and_clones(patcher)
+    release(patcher)
     for path, module in network.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.Linear, nn.Conv2d)) or hasattr(module, "comfy_cast_weights"):
@@ -57,6 +58,22 @@ def require_float_model(patcher: Any) -> nn.Module:
                     "quantize that."
                 )
     return network
+
+
+def release(patcher: ModelPatcher) -> None:
+    """Take a model and its clones off the device, so that its modules hold nothing but the model's own.
+
+    The host walks over its list of loaded models by number, and a dead model that the collector finds in the middle of
+    that walk removes itself from the list: so collect before, and not meanwhile.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        comfy.model_management.unload_model_and_clones(patcher)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _quantized_kind(weight: Any) -> str | None:

@@ -30,7 +30,7 @@ from ..scheme import Plan
 from ..solve import LayerState
 from ..timeline import Clock, Partition, TimeAxis
 from .leaf import make_leaf
-from .model import PREFIX, sampling_kind
+from .model import PREFIX, release, sampling_kind
 from .swap import Quantized, attach, backends_of, require_quantized
 from .temporal_leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
@@ -49,7 +49,7 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
         filename_prefix, folder_paths.get_folder_paths(FOLDER)[0]
     )
     path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    comfy.model_management.unload_model_and_clones(patcher)
+    release(patcher)
     baked = patcher.clone()
     baked.patches = {key: baked.patches[key][:count] for key, count in quantized.baked.items()}
     tensors: dict[str, Tensor] = {}

@@ -31,7 +31,7 @@ from ..temporal.cache import CachedLayer, FeatureTable, Group, Statistics, Switc
 from ..temporal.inputs import Call, NotCovered, Projections, projections_of
 from ..temporal.tib import find_tib
 from .leaf import _HostLeaf
-from .model import PREFIX
+from .model import PREFIX, release
 
 _OF_TOKENS = {"attention_mask", "num_tokens"}  # of prompts that differ in nothing that matters here
 NAME = "tfmq_temporal_cache"
@@ -308,7 +308,7 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
     if budget < 1:
         raise TfmqError("The budget of the temporal cache is less than a byte: give it a few hundred megabytes.")
     # The network shows its own modules only while no clone has others in their place.
-    comfy.model_management.unload_model_and_clones(patcher)
+    release(patcher)
     tib = find_tib(network)
     if not tib.layers:
         raise TfmqError(
