@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from devkit.host import Server
 
@@ -31,6 +32,10 @@ NOISE = {
     # Front end 1.47 logs this while it starts.
     "ComfyApp graph accessed before initialization": "start-up order of the front end",
 }
+
+
+STARTS = 3
+CURTAIN = ".p-blockui-mask"
 
 
 def find_chromium() -> str | None:
@@ -63,12 +68,26 @@ class FrontEnd:
         self.errors: list[str] = []
         page.on("console", self._listen)
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
-        page.goto(server.address)
-        page.wait_for_function(
+        for _ in range(STARTS):
+            self.errors.clear()
+            if self._start():
+                break
+
+    def _start(self) -> bool:
+        """Load the page. False where the front end lost its start-up curtain: on a slow machine its own removal of that
+        fails now and then, and the page stays blocked; a person would reload it."""
+        self.page.goto(self.server.address)
+        self.page.wait_for_function(
             "() => window.app?.graph && app.extensionManager && 'TFMQ_Compare' in LiteGraph.registered_node_types",
             timeout=90_000,
         )
-        page.wait_for_function("() => app.graph.nodes.length > 0", timeout=30_000)  # the start-up graph is there
+        self.page.wait_for_function("() => app.graph.nodes.length > 0", timeout=30_000)  # the start-up graph is there
+        try:
+            self.page.wait_for_function(f"() => !document.querySelector('{CURTAIN}')", timeout=20_000)
+        except PlaywrightTimeout:
+            return False
+        self.page.wait_for_timeout(1000)
+        return not any("removeMask" in error for error in self.errors)
 
     def _listen(self, message: ConsoleMessage) -> None:
         text = f"{message.text} ({message.location.get('url')})"
