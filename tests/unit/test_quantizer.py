@@ -118,6 +118,7 @@ def test_affine_codes_keep_the_memory_format_and_the_input() -> None:
     st.booleans(),
 )
 def test_rows_are_quantized_on_their_own(x: Tensor, balanced: bool) -> None:
+    x = torch.where(x.abs() < 1e-30, torch.zeros_like(x), x)  # no grid is finer
     before = x.clone()
     inverse = torch.linspace(0.5, 2.0, x.shape[1]) if balanced else None
     codes, scale, offset = quantize_rows(x, inverse)
@@ -128,7 +129,7 @@ def test_rows_are_quantized_on_their_own(x: Tensor, balanced: bool) -> None:
     back = offset.double() + scale.double() * codes.double()
     span = y.double().amax(1, keepdim=True) - y.double().amin(1, keepdim=True)
     size = y.double().abs().amax(1, keepdim=True)
-    assert bool(((back - y.double()).abs() <= span / 255 * 0.501 + size * 1e-5 + 1e-35).all())  # no grid is finer
+    assert bool(((back - y.double()).abs() <= span / 255 * 0.501 + size * 1e-5).all())
     spread = span.flatten() > size.flatten() * 1e-3
     assert bool((codes[spread].amin(1) == -128).all()) and bool((codes[spread].amax(1) == 127).all())
 
