@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from devkit import setup
+from devkit.environment import environment
 from devkit.paths import ROOT
 
 BENCH = ROOT / "bench"
@@ -90,7 +90,7 @@ def demo_checkpoint(python: str) -> str:
 
 def run(command: list[str]) -> int:
     """Run to the end; a command is not left behind when this process is told to end."""
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
     try:
         return process.wait()
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from .client import Client
+from .environment import environment
 from .paths import PACK_NAME, ROOT, STANDINS, host_dir
 
 FOLDERS = ("custom_nodes", "models", "user", "output", "input", "temp")
@@ -70,7 +71,7 @@ class Server:
         self._process = subprocess.Popen(
             self._command,
             cwd=host_dir(),
-            env=environment(),
+            env=_environment(),
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -118,17 +119,10 @@ class Server:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
-def environment() -> dict[str, str]:
-    """Environment of a host process: the stand-ins are in reach, and it ends when this process does."""
+def _environment() -> dict[str, str]:
+    """The stand-ins are in the host's reach, and it ends when this process does."""
     path = [str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {
-        "PYTHONPATH": os.pathsep.join(path),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-        "TFMQ_OWNER": str(os.getpid()),
-    }
-    # Threads that spin while they wait slow a shared machine down by an order of magnitude.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **fixed}
+    return environment(PYTHONPATH=os.pathsep.join(path), TFMQ_OWNER=str(os.getpid()))
 
 
 def free_port() -> int:
