@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -11,10 +12,11 @@ from comfy_api.latest import ComfyExtension, io, ui
 
 from .nodes_report import TemporalReport
 from .tfmq.errors import TfmqError
+from .tfmq.grouped import GROUPS
 from .tfmq.host import calibrate as calibration
-from .tfmq.host import store, summary, swap, temporal_cache, temporal_quant
+from .tfmq.host import store, summary, swap, temporal_cache, temporal_quant, temporal_table
 from .tfmq.report import metrics, sheet
-from .tfmq.scheme import PRESETS, Recipe
+from .tfmq.scheme import PRESETS, ROUNDINGS
 from .tfmq.temporal import sampling_times as steps_of_run
 
 CATEGORY = "TFMQ"
@@ -177,16 +179,20 @@ class Quantize(io.ComfyNode):
             display_name="TFMQ Quantize",
             category=CATEGORY,
             description=(
-                "Swaps the layers of the model for ones that compute in 8-bit integers, convolutions included. LoRAs "
-                "on the model are baked in; LoRAs behind this node work as usual and are never rounded."
+                "Swaps the layers of the model for ones that compute in integers, with weights of 8 or 4 bits, "
+                "convolutions included. LoRAs on the model are baked in; LoRAs behind this node work as usual and are "
+                "never rounded."
             ),
-            search_aliases=["int8", "w8a8", "quantization", "compress", "faster", "low vram"],
+            search_aliases=["int8", "int4", "w8a8", "w4a8", "quantization", "compress", "faster", "low vram"],
             inputs=[
                 io.Model.Input("model", tooltip="The same MODEL that went into TFMQ Calibrate."),
                 CalibrationType.Input("calibration", tooltip="From TFMQ Calibrate."),
                 io.Combo.Input(
                     "recipe", options=list(PRESETS), default="W8A8",
-                    tooltip="W8A8: 8-bit weights and activations. Linear only: convolutions stay in float.",
+                    tooltip=(
+                        "How small. W8A8: 8-bit weights and activations. Linear only: convolutions stay in float. "
+                        "W4A8: 4-bit weights, half the size. W4A16: 4-bit weights, computes in float."
+                    ),
                 ),
                 io.Combo.Input(
                     "activations", options=["auto", "static", "dynamic"], default="auto", advanced=True,
@@ -207,6 +213,17 @@ class Quantize(io.ComfyNode):
                         "rounding fitted to all timesteps, or the best mix with caches within the bytes of int8."
                     ),
                 ),
+                io.Combo.Input(
+                    "effort", options=list(ROUNDINGS), default=ROUNDINGS[0], optional=True,
+                    tooltip=(
+                        "How long, for 4-bit weights. nearest: seconds. fast: rounding that makes up for its own "
+                        "errors. balanced: rounding learnt block by block, minutes. best: the same for hours."
+                    ),
+                ),
+                io.Combo.Input(
+                    "group", options=[str(g) for g in GROUPS], default=str(GROUPS[0]), advanced=True, optional=True,
+                    tooltip="Weights that share a range in 4 bits: fewer are more precise and a little larger.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -218,12 +235,11 @@ class Quantize(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, calibration: Any, recipe: str, activations: str = "auto", ranges: str = "mse",
-        temporal: str = temporal_quant.FLOAT,
+        temporal: str = temporal_quant.FLOAT, effort: str = ROUNDINGS[0], group: str = str(GROUPS[0]),
     ) -> io.NodeOutput:  # fmt: skip
-        preset = PRESETS[recipe]
-        wanted = Recipe(
-            preset.name, preset.weight_bits, preset.activation_bits, preset.convolutions, activations, ranges,
-            temporal=temporal,
+        wanted = replace(
+            PRESETS[recipe], activations=activations, ranges=ranges, temporal=temporal, rounding=effort,
+            group=int(group),
         )  # fmt: skip
         bar = comfy.utils.ProgressBar(1)
         result = swap.quantize(model, calibration.load(), wanted, bar.update_absolute)
@@ -247,15 +263,24 @@ class Save(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From TFMQ Quantize."),
                 io.String.Input("filename_prefix", default="tfmq/model", tooltip="Folder and name of the file."),
+                io.Combo.Input(
+                    "temporal", options=[temporal_table.WEIGHTS, temporal_table.TABLE], default=temporal_table.WEIGHTS,
+                    advanced=True, optional=True,
+                    tooltip=(
+                        "Layers that only know the timestep: by their weights, or as a table over all timesteps in "
+                        "place of them (Qwen-Image, AuraFlow, Wan 2.1, Lumina 2, Z-Image, PixArt-Sigma, SD1.5)."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
-        path = str(store.save(model, filename_prefix))
-        return io.NodeOutput(path, ui=ui.PreviewText(path))
+    def execute(cls, model: Any, filename_prefix: str, temporal: str = temporal_table.WEIGHTS) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(1)
+        path = store.save(model, filename_prefix, temporal, bar.update_absolute)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(store.receipt(path)))
 
 
 class Load(io.ComfyNode):

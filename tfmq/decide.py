@@ -25,11 +25,12 @@ from torch import Tensor
 
 from .calibration import Calibration
 from .errors import TfmqError
+from .grouped import group_for
 from .guidance import BRANCHES
 from .observe import LayerStatistics
 from .quantizer import affine_grid, bin_centers, histogram_error, search_range
 from .rotation import group_of
-from .scheme import DYNAMIC, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
+from .scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
 
 HEAVY_TAIL = 3.0
 ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a dynamic layer is rotated
@@ -62,23 +63,43 @@ def decide(
         elif statistics.vector:
             left[path] = "one row per image: integers would save no time and cost precision everywhere"
         else:
-            activation, reasons[path] = _activation(recipe, statistics, dynamic_cost)
-            apart = activation == STATIC and recipe.branches_apart and statistics.branches is not None
-            apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
-            chosen[path] = Scheme(
-                recipe.weight_bits,
-                recipe.activation_bits,
-                activation,
-                statistics.balance is not None,
-                BRANCHES if apart else 1,
-                rotation_of(statistics) if activation == DYNAMIC else 0,
-            )
+            chosen[path], reasons[path] = scheme_of(recipe, statistics, recipe.weight_bits, dynamic_cost)
     if not chosen:
         raise TfmqError(
             f"Recipe {recipe.name} finds no layer to quantize in this model: the calibration saw "
             f"{len(calibration.layers)} layers and all of them must stay in float."
         )
     return Plan(recipe, chosen, reasons, left)
+
+
+def scheme_of(
+    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float = 1.0
+) -> tuple[Scheme, str]:
+    """Scheme of one layer at so many bits per weight, and the reason in a line."""
+    if recipe.weight_format != INT and statistics.kind == "linear" and (weight_bits, recipe.activation_bits) == (4, 16):
+        return Scheme(4, 16, NONE, weight_format=recipe.weight_format), "weight alone"
+    group, note = 0, ""
+    if weight_bits == 4:
+        group = group_for(statistics.shape[1], recipe.group)
+        if not group:
+            weight_bits, note = 8, f"; 8 bits: {statistics.shape[1]} input channels do not divide into groups"
+        elif group != recipe.group:
+            note = f"; groups of {group}: {recipe.group} do not divide {statistics.shape[1]} input channels"
+    if recipe.activation_bits == 16:
+        return Scheme(weight_bits, 16, NONE, group=group), f"weight alone{note}"
+    activation, reason = _activation(recipe, statistics, dynamic_cost)
+    apart = activation == STATIC and recipe.branches_apart and statistics.branches is not None
+    apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
+    scheme = Scheme(
+        weight_bits,
+        recipe.activation_bits,
+        activation,
+        statistics.balance is not None,
+        BRANCHES if apart else 1,
+        rotation_of(statistics) if activation == DYNAMIC else 0,
+        group,
+    )
+    return scheme, reason + note
 
 
 def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> tuple[Tensor, Tensor]:

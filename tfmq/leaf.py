@@ -1,4 +1,4 @@
-"""The modules that take the place of a Linear or Conv2d: int8 codes in, integer kernel, float out.
+"""The modules that take the place of a Linear or Conv2d: integer codes in, integer kernel, float out.
 
 `LeafCore` computes; how the weight is stored is left to the subclass, because the host streams and patches weights in
 its own way. `QuantLinear` and `QuantConv2d` here hold plain tensors and need torch alone.
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .grouped import Grid, Packed
 from .guidance import split
 from .kernels.geometry import Geometry, StaticInput
 from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from .quantizer import dequantize_weight, per_channel
 from .rotation import rotate
+from .scheme import NONE
 from .solve import LayerState
 from .timeline import Clock
 
@@ -48,16 +51,12 @@ class LeafCore(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
 
-    def compute(self, x: Tensor, owner: object, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the layer on integer codes. owner: what `codes` belong to; while it is the same object, the prepared
-        form of the weight is reused."""
+    def compute(self, x: Tensor, owner: object, codes: Tensor | Packed, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer on integer codes, int8 [N, K, ...] or packed. owner: what `codes` belong to; while it is the
+        same object, the prepared form of the weight is reused."""
         if x.numel() == 0:
             return self._empty(x)
-        prepared = self._prepared
-        if prepared is None or prepared[0] is not owner:
-            backend = pick(self.operation, x.device, self.geometry)
-            prepared = (owner, backend, backend.module.prepare(codes, scale, self.geometry))
-            self._prepared = prepared
+        prepared = self._prepare(x.device, owner, codes, scale)
         run = getattr(prepared[1].module, self.operation)
         if self.act_scale is None:
             if not self.scheme.rotation:
@@ -72,6 +71,22 @@ class LeafCore(nn.Module):
             table = self.act_scale[branch], self._zero_points()[branch]
             pieces.append(self._static(rows, prepared[2], *table, bias, run))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _prepare(
+        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor
+    ) -> tuple[Any, Backend, Any]:
+        prepared = self._prepared
+        if prepared is not None and prepared[0] is owner:
+            return prepared
+        backend = pick(self.operation, device, self.geometry)
+        if isinstance(codes, Tensor):
+            prepared = self._prepared = (owner, backend, backend.module.prepare(codes, scale, self.geometry))
+        elif hasattr(backend.module, "prepare_packed"):
+            prepared = self._prepared = (owner, backend, backend.module.prepare_packed(codes, self.geometry))
+        else:
+            # Unpacked anew at every call: kept, it would take the memory that 4 bits are there to save.
+            prepared = (owner, backend, backend.module.prepare(codes.int8(), scale, self.geometry))
+        return prepared
 
     def _static(
         self, x: Tensor, weight: Any, scale: Tensor, zero_point: Tensor, bias: Tensor | None, run: Any
@@ -113,23 +128,47 @@ class _PlainLeaf(LeafCore):
         super().__init__(state, geometry, clock)
         self.register_buffer("codes", state.codes)
         self.register_buffer("weight_scale", state.scale)
+        self.register_buffer("factor", state.factor)
+        self.register_buffer("zero", state.zero)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.codes, self.codes, self.weight_scale, self.bias)
+        if self.scheme.activation == NONE:
+            return self._float(x, self.dequantize().to(x.dtype))
+        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias)
 
     def dequantize(self) -> Tensor:
         """The float weight that the codes stand for, float32 [N, K, ...]."""
-        weight = dequantize_weight(self.codes, self.weight_scale)
+        packed = self._packed()
+        if packed is None:
+            weight = dequantize_weight(self.codes, self.weight_scale)
+        else:
+            weight = packed.dequantize()
         if self.scheme.rotation:
             weight = rotate(weight, self.scheme.rotation)
         inverse = self.inverse_balance
         return weight if inverse is None else weight * per_channel(inverse, weight.dim(), 1)
 
+    def _packed(self) -> Packed | None:
+        factor, zero = self.factor, self.zero
+        if not isinstance(factor, Tensor) or not isinstance(zero, Tensor):
+            return None
+        return Packed(self.codes, Grid(self.weight_scale, factor, zero, self.scheme.group), self.geometry.shape)
+
+    def _float(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 class QuantLinear(_PlainLeaf):
     """x [..., K] -> [..., N]."""
 
+    def _float(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
 
 class QuantConv2d(_PlainLeaf):
     """x [B, C, H, W] -> [B, N, H', W']."""
+
+    def _float(self, x: Tensor, weight: Tensor) -> Tensor:
+        g = self.geometry
+        return F.conv2d(x, weight, self.bias, g.stride, g.padding, g.dilation, g.groups)

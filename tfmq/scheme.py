@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STATIC, DYNAMIC = "static", "dynamic"
+STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
+INT, NF4, FP4 = "int", "nf4", "fp4"
 # Ways to lay out a static range over time that are no method to choose one interval's range.
 ONE_RANGE, TDQ = "one range", "tdq"
 
@@ -14,11 +15,14 @@ ONE_RANGE, TDQ = "one range", "tdq"
 class Scheme:
     """How one layer is represented.
 
-    `weight_bits`: width of the weight codes (symmetric, one scale per output channel).
-    `activation`: "static" (affine uint8, one scale and zero point per interval) or "dynamic" (affine, per token).
+    `weight_bits`: width of the weight codes: 8 (symmetric, one scale per output channel) or 4 (`grouped`).
+    `activation`: "static" (affine uint8, one scale and zero point per interval), "dynamic" (affine, per token) or
+    "none" (left in float: the weight is decoded and the layer computes in float).
     `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.
     `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
     `rotation`: block size of the Hadamard rotation of the (balanced) input of a dynamic Linear, 0 for none.
+    `group`: input columns that share a factor of a 4-bit weight, 0 at 8 bits. `weight_format`: "int", or "nf4" or
+    "fp4", the formats of bitsandbytes.
     """
 
     weight_bits: int = 8
@@ -27,12 +31,19 @@ class Scheme:
     balanced: bool = False
     branches: int = 1
     rotation: int = 0
+    group: int = 0
+    weight_format: str = INT
 
     @property
     def label(self) -> str:
         suffix = ", branches apart" if self.branches > 1 else ""
         balanced = (" balanced" if self.balanced else "") + (" rotated" if self.rotation else "")
-        return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{balanced}{suffix}"
+        if self.weight_format != INT:
+            return f"W{self.weight_bits}A16 {self.weight_format}{balanced}"
+        group = f" groups of {self.group}" if self.group else ""
+        if self.activation == NONE:
+            return f"W{self.weight_bits}A16{group}{balanced}"
+        return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{group}{balanced}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Recipe:
     always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax" per interval, "one range"
     for all of time, or "tdq", a learned function of time (these two by mse). `branches_apart`: allow a grid of its own
     for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
+    `weight_format`: of Linear layers. `group`: wanted size of the groups of 4-bit weights. `rounding`: how 4-bit codes
+    are found, one of `ROUNDINGS`. activation_bits 16 leaves activations in float.
+    `mixed`: choose the bits per layer from {4, 8, 16}, with the least error under `budget` bytes, or with the fewest
+    bytes whose predicted error is at least `quality` dB below the prediction (0: not asked for).
     """
 
     name: str
@@ -53,11 +68,20 @@ class Recipe:
     ranges: str = "mse"
     branches_apart: bool = True
     temporal: str = "float"
+    weight_format: str = INT
+    group: int = 32
+    rounding: str = "nearest"
+    mixed: bool = False
+    budget: int = 0
+    quality: float = 0.0
 
 
+ROUNDINGS = ("nearest", "fast", "balanced", "best")
 PRESETS = {
     "W8A8": Recipe("W8A8"),
     "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),
+    "W4A8": Recipe("W4A8", weight_bits=4),
+    "W4A16": Recipe("W4A16", weight_bits=4, activation_bits=16),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .decide import static_grid
+from .grouped import Grid, Packed, nearest, pack, search_grid, to_columns
 from .observe import LayerStatistics
 from .quantizer import channel_scale, per_channel, quantize_weight
 from .rotation import rotate
@@ -18,23 +19,45 @@ from .scheme import STATIC, Scheme
 class LayerState:
     """One quantized layer.
 
-    codes int8 [N, K, ...]; scale float32 [N]; balance float32 [K] or None; act_scale float32 and act_zero_point int32
-    of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes * scale, rotated back by
-    `scheme.rotation`, / balance.
+    shape: of the weight. codes: int8 of that shape at 8 bits, packed uint8 [N, K' / 2] (`grouped`) at 4; scale float32
+    [N]; factor, zero: uint8 [N, K' / group] at 4 bits, else None; balance float32 [K] or None; act_scale float32 and
+    act_zero_point int32 of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes *
+    scale, rotated back by `scheme.rotation`, / balance.
     """
 
     kind: str
     scheme: Scheme
+    shape: tuple[int, ...]
     codes: Tensor
     scale: Tensor
     balance: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
+    factor: Tensor | None = None
+    zero: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.scale, self.balance, self.act_scale, self.act_zero_point)
-        return sum(p.nbytes for p in parts if p is not None)
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Tensor))
+
+    @property
+    def packed(self) -> Packed | None:
+        """The weight of a layer in 4 bits."""
+        if self.factor is None or self.zero is None:
+            return None
+        return Packed(self.codes, Grid(self.scale, self.factor, self.zero, self.scheme.group), self.shape)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What `rounding` found for one layer: codes uint8 [N, K'] on a grid, the activation table where that was tuned
+    too, and a few words on how it went."""
+
+    codes: Tensor
+    grid: Grid
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+    note: str = ""
 
 
 def solve_layer(
@@ -43,23 +66,44 @@ def solve_layer(
     weight: Tensor,
     ranges: str,
     grid: tuple[Tensor, Tensor] | None = None,
+    rounded: Rounded | None = None,
 ) -> LayerState:
     """Quantize one layer. weight: float [N, K, ...], on any device; the result lies on the same device.
 
     grid: scale and zero point per interval of a static activation, where they were found elsewhere (`temporal.tdq`).
+    rounded: codes that were found elsewhere; without them a weight of 4 bits is rounded to nearest.
     Raises FloatingPointError if the weight is not finite.
     """
     if not bool(torch.isfinite(weight).all()):
         raise FloatingPointError("the weight holds NaN or infinite values")
-    balance = statistics.balance.to(weight.device) if scheme.balanced and statistics.balance is not None else None
-    balanced = weight.float() if balance is None else weight.float() * per_channel(balance, weight.dim(), 1)
-    if scheme.rotation:
-        balanced = rotate(balanced, scheme.rotation)
-    scale = channel_scale(balanced, scheme.weight_bits)
-    codes = quantize_weight(balanced, scale, scheme.weight_bits)
+    device = weight.device
+    balance = statistics.balance.to(device) if scheme.balanced and statistics.balance is not None else None
+    balanced = as_multiplied(scheme, statistics, weight)
     act_scale = act_zero_point = None
     if scheme.activation == STATIC:
-        found = grid or static_grid(statistics, ranges, scheme.activation_bits, scheme.branches)
-        act_scale, act_zero_point = found
-        act_scale, act_zero_point = act_scale.to(weight.device), act_zero_point.to(weight.device)
-    return LayerState(statistics.kind, scheme, codes, scale, balance, act_scale, act_zero_point)
+        act_scale, act_zero_point = grid or static_grid(statistics, ranges, scheme.activation_bits, scheme.branches)
+        if rounded is not None and rounded.act_scale is not None and rounded.act_zero_point is not None:
+            act_scale, act_zero_point = rounded.act_scale, rounded.act_zero_point
+        act_scale, act_zero_point = act_scale.to(device), act_zero_point.to(device)
+    shape = tuple(weight.shape)
+    if scheme.weight_bits == 8:
+        scale = channel_scale(balanced)
+        codes = quantize_weight(balanced, scale)
+        return LayerState(statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point)
+    if rounded is None:
+        columns = to_columns(balanced)
+        found = search_grid(columns, scheme.group)
+        rounded = Rounded(nearest(columns, found), found)
+    at = rounded.grid
+    return LayerState(
+        statistics.kind, scheme, shape, pack(rounded.codes).to(device), at.scale.to(device), balance,
+        act_scale, act_zero_point, at.factor.to(device), at.zero.to(device),
+    )  # fmt: skip
+
+
+def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -> Tensor:
+    """The weight that meets the balanced, rotated input: float [N, K, ...] -> float32, same shape."""
+    out = weight.float()
+    if scheme.balanced and statistics.balance is not None:
+        out = out * per_channel(statistics.balance.to(weight.device), weight.dim(), 1)
+    return rotate(out, scheme.rotation) if scheme.rotation else out

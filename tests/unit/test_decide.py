@@ -12,13 +12,13 @@ from tfmq.decide import decide, dynamic_error, static_error, static_grid
 from tfmq.errors import TfmqError
 from tfmq.observe import LayerStatistics
 from tfmq.quantizer import affine_grid, histogram_error, search_range
-from tfmq.scheme import DYNAMIC, PRESETS, STATIC, Recipe, Scheme
+from tfmq.scheme import DYNAMIC, NONE, PRESETS, STATIC, Recipe, Scheme
 from tfmq.timeline import Partition, TimeAxis
 
 
 def statistics(
     kind: str = "linear", intervals: int = 4, per_token: float = 1e-6, *, vector: bool = False,
-    balance: Tensor | None = None, visited: list[int] | None = None, seed: int = 0,
+    balance: Tensor | None = None, visited: list[int] | None = None, seed: int = 0, channels: int = 3,
 ) -> LayerStatistics:  # fmt: skip
     """A bell over 128 bins, another width in every interval. per_token: squared error of an energy of 1."""
     x = torch.randn(intervals, 5000, generator=torch.Generator().manual_seed(seed)).clamp(-3.9, 3.9)
@@ -34,7 +34,7 @@ def statistics(
             seen_low.masked_fill(absent, float("inf")), seen_high.masked_fill(absent, float("-inf"))
         )  # fmt: skip
     row_error = torch.tensor([[per_token, 1.0]], dtype=torch.float64).repeat(intervals, 1)
-    shape = (4, 3, 3, 3) if kind == "conv2d" else (4, 3)
+    shape = (4, channels, 3, 3) if kind == "conv2d" else (4, channels)
     return LayerStatistics(
         kind=kind, shape=shape, order=0, low=seen_low, high=seen_high, balance=balance, histogram=histogram,
         bin_low=low, bin_high=high, row_error=row_error, vector=vector,
@@ -119,10 +119,20 @@ def test_what_is_asked_for_is_done(activations: str) -> None:
 
 
 def test_bits_and_balance_enter_the_scheme() -> None:
-    layers = {"plain": statistics(), "balanced": statistics(balance=torch.ones(3))}
-    plan = decide(Recipe("r", 4, 6, activations=STATIC), calibration(layers), dict.fromkeys(layers, "linear"), {})
-    assert plan.layers["plain"] == Scheme(4, 6, STATIC, balanced=False)
-    assert plan.layers["balanced"] == Scheme(4, 6, STATIC, balanced=True)
+    layers = {"plain": statistics(channels=96), "balanced": statistics(balance=torch.ones(3)), "odd": statistics()}
+    recipe = Recipe("r", 4, 6, activations=STATIC)
+    plan = decide(recipe, calibration(layers), dict.fromkeys(layers, "linear"), {})
+    assert plan.layers["plain"] == Scheme(4, 6, STATIC, balanced=False, group=32)
+    assert "groups of 32" in plan.reasons["plain"]
+    assert plan.layers["balanced"] == Scheme(8, 6, STATIC, balanced=True)
+    assert "3 input channels do not divide" in plan.reasons["odd"]
+
+
+def test_sixteen_bit_activations_leave_the_weight_alone() -> None:
+    layers = {"conv": statistics("conv2d", channels=64), "linear": statistics(channels=64, balance=torch.ones(64))}
+    kinds = {"conv": "conv2d", "linear": "linear"}
+    plan = decide(Recipe("r", 4, 16), calibration(layers), kinds, {})
+    assert set(plan.layers.values()) == {Scheme(4, 16, NONE, group=64)}
 
 
 # --- what stays in float ----------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def make(operation: str, *, balanced: bool = True, intervals: int = 4) -> Made:
     high = torch.arange(1.0, intervals + 1)
     act = affine_grid(-high, high) if operation != LINEAR_DYNAMIC else (None, None)
     scheme = Scheme(activation=DYNAMIC if operation == LINEAR_DYNAMIC else STATIC, balanced=balanced)
-    state = LayerState("conv2d" if conv else "linear", scheme, quantize_weight(w, scale), scale, balance, *act)
+    state = LayerState(
+        "conv2d" if conv else "linear", scheme, tuple(w.shape), quantize_weight(w, scale), scale, balance, *act
+    )
     clock = Clock(TimeAxis(0.0, 1000.0), Partition.uniform(intervals))
     geometry = geometry_of(module)
     assert isinstance(geometry, Geometry) and module.bias is not None

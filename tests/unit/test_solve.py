@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from tfmq.decide import static_grid
+from tfmq.grouped import Grid, values
 from tfmq.observe import LayerStatistics
 from tfmq.quantizer import per_channel
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import solve_layer
+from tfmq.solve import Rounded, solve_layer
 
 SHAPES = [(5, 7), (6, 4, 3, 3), (3, 1, 1, 1)]
 
@@ -24,25 +25,47 @@ def statistics(weight: Tensor, balance: Tensor | None = None, intervals: int = 4
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("balanced", [False, True])
-def test_codes_scale_and_balance_make_the_weight(
-    shape: tuple[int, ...], bits: int, dtype: torch.dtype, balanced: bool
-) -> None:
+def test_codes_scale_and_balance_make_the_weight(shape: tuple[int, ...], dtype: torch.dtype, balanced: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     vector = torch.rand(shape[1], generator=torch.Generator().manual_seed(2)) + 0.5
     before = weight.clone()
-    scheme = Scheme(weight_bits=bits, balanced=balanced)
+    scheme = Scheme(balanced=balanced)
     state = solve_layer(scheme, statistics(weight, vector), weight, "mse")
     assert torch.equal(weight, before)
     assert state.codes.dtype == torch.int8 and state.codes.shape == shape
-    assert int(state.codes.abs().max()) == 2 ** (bits - 1) - 1
+    assert int(state.codes.abs().max()) == 127
     assert state.scale.dtype == torch.float32 and state.scale.shape == (shape[0],)
     assert (state.balance is not None) == balanced
     s = per_channel(vector.double(), len(shape), 1) if balanced else 1.0
     step = per_channel(state.scale.double(), len(shape))
     assert bool(((state.codes.double() * step - weight.double() * s).abs() <= step * 0.50001).all())
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (6, 32, 3, 3)], ids=str)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_four_bits_are_packed_and_near(shape: tuple[int, ...], balanced: bool) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    vector = torch.rand(shape[1], generator=torch.Generator().manual_seed(2)) + 0.5
+    scheme = Scheme(weight_bits=4, group=32, balanced=balanced)
+    state = solve_layer(scheme, statistics(weight, vector), weight, "mse")
+    assert state.codes.dtype == torch.uint8 and state.codes.numel() == weight.numel() // 2
+    assert state.shape == shape and state.packed is not None
+    s = per_channel(vector, len(shape), 1) if balanced else 1.0
+    assert float((state.packed.dequantize() - weight * s).norm() / (weight * s).norm()) < 0.1
+
+
+def test_codes_found_elsewhere_are_taken() -> None:
+    weight = torch.randn(5, 64)
+    found = Grid(torch.rand(5), torch.full((5, 2), 3, dtype=torch.uint8), torch.full((5, 2), 7, dtype=torch.uint8), 32)
+    codes = torch.randint(0, 16, (5, 64), dtype=torch.uint8)
+    table = torch.rand(4), torch.arange(4, dtype=torch.int32)
+    state = solve_layer(
+        Scheme(weight_bits=4, group=32), statistics(weight), weight, "mse", rounded=Rounded(codes, found, *table)
+    )
+    assert state.packed is not None and torch.equal(state.packed.dequantize(), values(codes, found))
+    assert state.act_scale is table[0] and state.act_zero_point is table[1]
 
 
 def test_activation_tables() -> None:

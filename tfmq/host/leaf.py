@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from ..kernels.geometry import Geometry
 from ..leaf import LeafCore
+from ..scheme import INT, NONE
 from ..solve import LayerState
 from ..timeline import Clock
-from .layout import quantized_tensor
+from . import nf4
+from .layout import packed, quantized_tensor
 from .residual import Residual
 
 
@@ -96,7 +98,10 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
 
     def integer_forward(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         """weight: on x's device."""
-        return self.compute(x, self.weight, weight._qdata, weight._params.scale, bias)
+        if self.scheme.activation == NONE:
+            return self.float_forward(x, weight.dequantize().to(x.dtype), bias)
+        codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else weight._qdata
+        return self.compute(x, self.weight, codes, weight._params.scale, bias)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -170,6 +175,11 @@ class QuantLinear(_HostLeaf):
         super().__init__(state, geometry, clock, **own)
         self.in_features = module.in_features
         self.out_features = module.out_features
+
+    def integer_forward(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        if self.scheme.weight_format != INT:
+            return nf4.linear(x, weight, bias)
+        return super().integer_forward(x, weight, bias)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -9,6 +9,8 @@ instead of taking codes for weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,33 @@ from torch import Tensor, nn
 from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
 from ..kernels.geometry import Geometry, geometry_of
-from ..scheme import Plan
+from ..scheme import INT, Plan
 from ..solve import LayerState
 from ..timeline import Clock, Partition, TimeAxis
+from . import nf4, temporal_table
 from .leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
 from .swap import Quantized, attach, backends_of, require_quantized
 from .temporal_leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
 FOLDER = "diffusion_models"
-FORMAT = {"format": "tfmq_int8"}
-PARTS = ("weight_scale", "weight_balance", "tfmq_act_scale", "tfmq_act_zero_point")
+PARTS = (
+    "weight_scale", "weight_factor", "weight_zero", "weight_balance", "tfmq_act_scale", "tfmq_act_zero_point",
+)  # fmt: skip
 
 
-def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
+def save(
+    patcher: ModelPatcher,
+    filename_prefix: str,
+    temporal_as: str = temporal_table.WEIGHTS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
     """Write a quantized MODEL. LoRAs that came after quantization are not part of it. Returns the file.
 
-    Raises TfmqError for a MODEL that is not ours, or a folder that cannot be written.
+    temporal_as: whether temporal layers in float go in by their weights or as a table over the timestep, which a MODEL
+    that has one already keeps. progress: of making the table, called with (done, total).
+    Raises TfmqError for a MODEL that is not ours, temporal layers that no table can stand for, or a folder that cannot
+    be written.
     """
     quantized = require_quantized(patcher)
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
@@ -52,7 +64,12 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
     release(patcher)
     baked = patcher.clone()
     baked.patches = {key: baked.patches[key][:count] for key, count in quantized.baked.items()}
-    tensors: dict[str, Tensor] = {}
+    table, after = temporal_table.of(patcher), quantized.bytes_after
+    if table is None and temporal_as == temporal_table.TABLE:
+        table = temporal_table.make(patcher, baked, quantized.clock.axis, progress)
+        after += table.curve.nbytes - table.nbytes_removed
+    tensors: dict[str, Tensor] = {} if table is None else table.tensors()
+    elsewhere = set(quantized.plan.layers) | (set() if table is None else set(table.layers))
     temporal: dict[str, Any] = {}
     for layer in quantized.plan.temporal:
         leaf = patcher.get_model_object(PREFIX + layer)
@@ -61,14 +78,14 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
             tensors |= found
             if leaf.bias is not None:
                 tensors[f"{layer}.bias"] = smallest_exact(leaf.bias.detach())
-            tensors[f"{layer}.comfy_quant"] = _marker()
+            tensors[f"{layer}.comfy_quant"] = _marker("int8")
     for key in patcher.model.diffusion_model.state_dict():
-        if key.rpartition(".")[0] not in quantized.plan.layers and key.rpartition(".")[0] not in temporal:
+        if key.rpartition(".")[0] not in elsewhere and key.rpartition(".")[0] not in temporal:
             comfy.model_management.throw_exception_if_processing_interrupted()
             weight = baked.patch_weight_to_device(PREFIX + key, device_to=patcher.load_device, return_weight=True)
             tensors[key] = smallest_exact(weight.detach().cpu())
     for layer in quantized.plan.layers:
-        tensors |= _layer_tensors(layer, patcher.get_model_object(PREFIX + layer))
+        tensors |= _layer_tensors(layer, _leaf(patcher, layer))
     # The markers of v-prediction and its kin stand beside the network's own keys.
     known = patcher.model.state_dict_for_saving({})
     tensors |= {key: value for key, value in known.items() if isinstance(value, Tensor)}
@@ -80,12 +97,19 @@ def save(patcher: ModelPatcher, filename_prefix: str) -> Path:
         "sampling": quantized.sampling,
         "axis": [quantized.clock.axis.low, quantized.clock.axis.high],
         "edges": list(quantized.clock.partition.edges),
-        "bytes": [quantized.bytes_before, quantized.bytes_after],
+        "shapes": {layer: list(_leaf(patcher, layer).geometry.shape) for layer in quantized.plan.layers},
+        "bytes": [quantized.bytes_before, after],
         "temporal": temporal,
         "deaf": list(quantized.deaf),
     }
+    if table is not None:
+        manifest[temporal_table.MANIFEST] = table.manifest()
     write(path, tensors, manifest)
     return path
+
+
+def _leaf(patcher: ModelPatcher, layer: str) -> Any:
+    return patcher.get_model_object(PREFIX + layer)
 
 
 def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
@@ -93,6 +117,8 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
     assert isinstance(weight, QuantizedTensor)
     found = {
         "weight": weight._qdata,
+        "weight_factor": getattr(weight._params, "factor", None),
+        "weight_zero": getattr(weight._params, "zero", None),
         "weight_scale": weight._params.scale,
         "weight_balance": None if leaf.inverse_balance is None else weight._params.balance,
         "tfmq_act_scale": leaf.act_scale,
@@ -100,12 +126,13 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
         "bias": None if leaf.bias is None else smallest_exact(leaf.bias.detach()),
     }
     if not leaf.geometry.is_conv:
-        found["comfy_quant"] = _marker()
+        form = leaf.scheme.weight_format
+        found["comfy_quant"] = _marker(f"int{leaf.scheme.weight_bits}" if form == INT else form)
     return {f"{path}.{name}": value for name, value in found.items() if value is not None}
 
 
-def _marker() -> Tensor:
-    return torch.tensor(list(json.dumps(FORMAT).encode()), dtype=torch.uint8)
+def _marker(form: str) -> Tensor:
+    return torch.tensor(list(json.dumps({"format": f"tfmq_{form}"}).encode()), dtype=torch.uint8)
 
 
 def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
@@ -116,6 +143,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     file = Path(path)
     manifest = read_manifest(file, MODEL)
     tensors = read_tensors(file)
+    table = temporal_table.taken_from(manifest, tensors)
     try:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
@@ -125,6 +153,11 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
             for layer in plan.layers
         }
         codes = {layer: tensors[f"{layer}.weight"] for layer in plan.layers}
+        shapes = {layer: tuple(int(n) for n in shape) for layer, shape in manifest.get("shapes", {}).items()}
+        for layer, scheme in plan.layers.items():
+            shape = shapes.setdefault(layer, tuple(codes[layer].shape))
+            if scheme.weight_bits != 8:  # the host tells a model by the shapes of its weights; these are packed
+                tensors[f"{layer}.weight"] = torch.zeros((), dtype=torch.int8).expand(shape)
         before, after = manifest["bytes"]
         deaf = tuple(str(name) for name in manifest.get("deaf", ()))
         temporal = {layer: from_file(layer, about, tensors) for layer, about in manifest.get("temporal", {}).items()}
@@ -132,7 +165,14 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
             tensors.pop(f"{layer}.comfy_quant", None)
     except (KeyError, TypeError, ValueError) as error:
         raise TfmqError(f"{file.name} does not hold what its manifest says: get or make it again.") from error
-    patcher = _build(file, tensors, {*plan.layers, *temporal}, disable_dynamic)
+    stands_for: dict[str, Tensor] = {}
+    if table is not None:
+        stands_for = table.placeholders
+        why = temporal_table.reason(table)
+        plan = replace(plan, left={layer: why if layer in table.layers else left for layer, left in plan.left.items()})
+    layers = {*plan.layers, *temporal, *(() if table is None else table.layers)}
+    nf4.require_for(plan, comfy.model_management.get_torch_device())
+    patcher = _build(file, tensors | stands_for, layers, disable_dynamic)
     network = patcher.model.diffusion_model
     geometries: dict[str, Geometry] = {}
     for layer, scheme in plan.layers.items():
@@ -145,8 +185,8 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         if scale is None:
             raise TfmqError(f"{file.name} lacks the scale of layer {layer}: get or make the file again.")
         state = LayerState(
-            kinds[layer], scheme, codes[layer], scale, part["weight_balance"],
-            part["tfmq_act_scale"], part["tfmq_act_zero_point"],
+            kinds[layer], scheme, shapes[layer], codes[layer], scale, part["weight_balance"],
+            part["tfmq_act_scale"], part["tfmq_act_zero_point"], part["weight_factor"], part["weight_zero"],
         )  # fmt: skip
         bias = tensors.get(f"{layer}.bias")
         if bias is not None:
@@ -164,7 +204,11 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, backends, passed_over,
         temporal_clock, deaf,
     )  # fmt: skip
-    attach(patcher, quantized, comfy.model_management.module_size(patcher.model))
+    table_bytes = 0
+    if table is not None:
+        temporal_table.attach(patcher, table)
+        table_bytes = table.curve.nbytes
+    attach(patcher, quantized, comfy.model_management.module_size(patcher.model) + table_bytes)
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 
@@ -216,6 +260,12 @@ def _placeholders(layers: set[str]) -> type:
                     super()._load_from_state_dict(state_dict, prefix, *args)
 
     return Operations
+
+
+def receipt(path: Path) -> str:
+    """What a person is told about a saved file: where it lies, and how good its temporal table is if it has one."""
+    table = read_manifest(path, MODEL).get(temporal_table.MANIFEST)
+    return str(path) if table is None else f"{path}\n{temporal_table.describe(table)}"
 
 
 def sampling_warning(patcher: ModelPatcher) -> str | None:

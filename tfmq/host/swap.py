@@ -17,12 +17,12 @@ from ..decide import decide
 from ..errors import TfmqError
 from ..kernels.geometry import Geometry, geometry_of
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
-from ..scheme import STATIC, Plan, Recipe
+from ..scheme import INT, NONE, STATIC, Plan, Recipe
 from ..solve import LayerState, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import lora, temporal_quant
+from . import lora, nf4, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -38,6 +38,7 @@ from .model import (
 from .temporal_leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
+WEIGHT_ALONE = "weight_alone"  # what a layer with activations in float is listed under
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
     device = patcher.load_device
     cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
     plan = decide(recipe, calibration, kinds, keep, cost)
+    nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
 
     clone = patcher.clone()
@@ -111,7 +113,10 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
         module = modules[path]
         weight = float_weight(patcher, f"{key}.weight")
         try:
-            state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges, grids.get(path))
+            if scheme.weight_format != INT:
+                state = nf4.solve(scheme, weight)
+            else:
+                state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges, grids.get(path))
         except FloatingPointError as error:
             raise TfmqError(f"Layer {path} cannot be quantized: {error}; load an intact copy of the model.") from None
         bias = None
@@ -184,6 +189,11 @@ def backends_of(
         geometry = geometries[path]
         operation = LINEAR_STATIC if scheme.activation == STATIC else LINEAR_DYNAMIC
         operation = CONV2D_STATIC if geometry.is_conv else operation
+        if scheme.activation == NONE:
+            how = "decoded to float" if scheme.weight_format == INT else "bitsandbytes"
+            counts = backends.setdefault(WEIGHT_ALONE, {})
+            counts[how] = counts.get(how, 0) + 1
+            continue
         name = pick(operation, device, geometry).name
         counts = backends.setdefault(operation, {})
         counts[name] = counts.get(name, 0) + 1

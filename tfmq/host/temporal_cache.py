@@ -30,6 +30,7 @@ from ..errors import TfmqError
 from ..temporal.cache import CachedLayer, FeatureTable, Group, Statistics, Switch, equal_rows
 from ..temporal.inputs import Call, NotCovered, Projections, projections_of
 from ..temporal.tib import find_tib
+from . import temporal_table
 from .leaf import _HostLeaf
 from .model import PREFIX, release
 
@@ -307,6 +308,11 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
         )
     if budget < 1:
         raise TfmqError("The budget of the temporal cache is less than a byte: give it a few hundred megabytes.")
+    if temporal_table.of(patcher) is not None:
+        raise TfmqError(
+            "The temporal layers of this MODEL answer from a saved table already and have no weights for a cache to "
+            "spare: use it without TFMQ Temporal Cache."
+        )
     # The network shows its own modules only while no clone has others in their place.
     release(patcher)
     tib = find_tib(network)
