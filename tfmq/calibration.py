@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .observe import LayerStatistics
+from .samples import Samples
 from .timeline import Partition, TimeAxis
 
 
@@ -14,6 +15,7 @@ class Calibration:
     """`model`: fingerprint of the weights with their patches. `sampling`: the kind of timestep and prediction.
 
     `settings`: what was run (prompts, sampler, steps, ...), for people to read. `layers`: in the order of execution.
+    `samples`: whole model calls, for reconstruction; None in a calibration of an older version.
     """
 
     model: str
@@ -22,3 +24,4 @@ class Calibration:
     partition: Partition
     layers: dict[str, LayerStatistics]
     settings: dict[str, Any]
+    samples: Samples | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch import Tensor
 from .calibration import Calibration
 from .errors import TfmqError
 from .observe import LayerStatistics
+from .samples import Samples
 from .timeline import Partition, TimeAxis
 
 MANIFEST = "tfmq"
-VERSION = 1
+VERSION = 2
+OPTIONAL = ("balance", "mean_square", "permutations", "weight_error")  # tensors that not every layer has
+ROTATED = "rotated_"  # before the names of a layer's tensors that are about its rotated input
+SAMPLES = "tfmq:samples:"  # before the names of a calibration's samples; no layer is called so
 CALIBRATION, MODEL = "calibration", "model"
 
 
@@ -87,21 +92,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Save a calibration; histograms go as float16 relative to their peak, for a small file."""
+    """Save a calibration, samples included; histograms go as float16 relative to their peak, for a small file."""
     tensors: dict[str, Tensor] = {}
     layers = {}
     for path_in_model, s in calibration.layers.items():
         layers[path_in_model] = {"kind": s.kind, "shape": list(s.shape), "order": s.order, "vector": s.vector}
-        peak = s.histogram.amax(1).float()
-        relative = s.histogram.float() / peak.clamp_min(1).unsqueeze(1)
-        parts = {
-            "low": s.low, "high": s.high, "balance": s.balance, "histogram": relative.half(), "peak": peak,
-            "bin_low": s.bin_low, "bin_high": s.bin_high, "row_error": s.row_error,
-        }  # fmt: skip
-        if s.rotated_error is not None:
-            parts["rotated_error"] = s.rotated_error
-        if s.branches is not None:
-            parts["branches"] = (s.branches.float() / peak.clamp_min(1).unsqueeze(1)).half()
+        parts = _parts(s) | {key: getattr(s, key) for key in OPTIONAL}
+        if s.rotated is not None:
+            parts |= {f"{ROTATED}{name}": value for name, value in _parts(s.rotated).items()}
         tensors |= {f"{path_in_model}:{name}": value for name, value in parts.items() if value is not None}
     manifest = {
         "kind": CALIBRATION,
@@ -112,6 +110,9 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "settings": calibration.settings,
         "layers": layers,
     }
+    if calibration.samples is not None:
+        found, manifest["samples"] = calibration.samples.tensors()
+        tensors |= {f"{SAMPLES}{name}": smallest_exact(value) for name, value in found.items()}
     write(path, tensors, manifest)
 
 
@@ -122,20 +123,52 @@ def read_calibration(path: Path) -> Calibration:
     layers = {}
     try:
         for name, about in manifest["layers"].items():
-            part = {key: tensors[f"{name}:{key}"] for key in ("low", "high", "bin_low", "bin_high", "row_error")}
-            histogram = tensors[f"{name}:histogram"].float() * tensors[f"{name}:peak"].unsqueeze(1)
-            branches = tensors.get(f"{name}:branches")
-            if branches is not None:
-                branches = branches.float() * tensors[f"{name}:peak"].unsqueeze(1)
-            layers[name] = LayerStatistics(
-                kind=about["kind"], shape=tuple(about["shape"]), order=about["order"], histogram=histogram,
-                balance=tensors.get(f"{name}:balance"), vector=about["vector"], branches=branches,
-                rotated_error=tensors.get(f"{name}:rotated_error"), **part,
+            optional: dict[str, Any] = {key: tensors.get(f"{name}:{key}") for key in OPTIONAL}
+            plain = LayerStatistics(
+                kind=about["kind"], shape=tuple(about["shape"]), order=about["order"], vector=about["vector"],
+                **optional,
+                **_from_parts(tensors, f"{name}:"),
             )  # fmt: skip
+            rotated = None
+            if f"{name}:{ROTATED}histogram" in tensors:
+                rotated = replace(plain, **_from_parts(tensors, f"{name}:{ROTATED}"))
+            elif f"{name}:rotated_error" in tensors:  # version 1 knew no more about it
+                nothing = torch.zeros_like(plain.histogram)
+                rotated = replace(plain, histogram=nothing, branches=None, row_error=tensors[f"{name}:rotated_error"])
+            layers[name] = replace(plain, rotated=rotated)
         axis, partition = TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"]))
-        return Calibration(manifest["model"], manifest["sampling"], axis, partition, layers, manifest["settings"])
+        samples = None
+        if "samples" in manifest:
+            own = {k.removeprefix(SAMPLES): v for k, v in tensors.items() if k.startswith(SAMPLES)}
+            samples = Samples.from_tensors(own, manifest["samples"])
+        return Calibration(
+            manifest["model"], manifest["sampling"], axis, partition, layers, manifest["settings"], samples
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise TfmqError(f"The calibration {path.name} is damaged: delete it and calibrate again.") from error
+
+
+def _parts(s: LayerStatistics) -> dict[str, Tensor | None]:
+    """What is kept of one input's statistics."""
+    peak = s.histogram.amax(1).float()
+    unit = peak.clamp_min(1).unsqueeze(1)
+    return {
+        "low": s.low, "high": s.high, "histogram": (s.histogram.float() / unit).half(), "peak": peak,
+        "branches": None if s.branches is None else (s.branches.float() / unit).half(),
+        "bin_low": s.bin_low, "bin_high": s.bin_high, "row_error": s.row_error,
+    }  # fmt: skip
+
+
+def _from_parts(tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The fields of `LayerStatistics` that `_parts` wrote, here with `prefix`."""
+    found: dict[str, Any] = {
+        key: tensors[f"{prefix}{key}"] for key in ("low", "high", "bin_low", "bin_high", "row_error")
+    }
+    peak = tensors[f"{prefix}peak"].unsqueeze(1)
+    branches = tensors.get(f"{prefix}branches")
+    found["histogram"] = tensors[f"{prefix}histogram"].float() * peak
+    found["branches"] = None if branches is None else branches.float() * peak
+    return found
 
 
 def smallest_exact(tensor: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from ..calibration import Calibration
 from ..errors import TfmqError
 from ..files import VERSION, read_calibration, write_calibration
 from ..observe import ModelObserver
+from ..samples import Collector
 from ..temporal.sampling_times import TRAJECTORY
 from ..timeline import Clock, Partition
+from ..words import counted
 from .clock import branches, sample_sigmas, timesteps
 from .look import StepChoice
 from .model import (
@@ -96,11 +98,14 @@ def calibrate(
     observer = ModelObserver([(p, m) for p, m in candidates(network).items() if p not in keep], clock)
     clone = patcher.clone()
     seen = StepChoice(look)
+    collector = Collector()
 
     def watch(executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
         t = timesteps(executor, sigma)
         observer.start_call(t, branches(args, kwargs))
         observer.active = seen(executor.class_obj.model_sampling, t, sample_sigmas(args, kwargs))
+        if observer.active:
+            _collect(collector, x, sigma, args, kwargs, observer, seen.run)
         return executor(x, sigma, *args, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_observe", watch)
@@ -122,9 +127,22 @@ def calibrate(
             "know."
         )
     about = settings.text if look == TRAJECTORY else {**settings.text, "steps looked at": look}
-    result = Calibration(model, sampling_kind(patcher), clock.axis, partition, layers, about)
+    result = Calibration(model, sampling_kind(patcher), clock.axis, partition, layers, about, collector.samples())
     write_calibration(path, result)
     return CalibrationHandle(str(path)), False
+
+
+def _collect(
+    collector: Collector, x: Tensor, sigma: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+    observer: ModelObserver, prompt: int,
+) -> None:  # fmt: skip
+    """Offer a call to the samples. args, kwargs: of `apply_model` behind x and sigma."""
+    given = {**dict(zip(("c_concat", "c_crossattn", "control", "transformer_options"), args, strict=False)), **kwargs}
+    given.pop("transformer_options", None)
+    if given.pop("control", None) is not None:
+        return collector.skip("ControlNet")
+    given = {name: value for name, value in given.items() if value is not None}
+    collector.offer(x, sigma, observer.interval, observer.branches, prompt, given)
 
 
 class _Progress:
@@ -214,8 +232,8 @@ def describe(calibration: Calibration, path: str, found: bool) -> str:
     """A few lines about a calibration for the node."""
     visited = torch.stack([s.histogram.sum(1) > 0 for s in calibration.layers.values()]).any(0)
     lines = [
-        f"{'Found' if found else 'Calibrated'}: {len(calibration.layers)} layers, {int(visited.sum())} of "
-        f"{calibration.partition.count} intervals of the time axis visited",
+        f"{'Found' if found else 'Calibrated'}: {counted(len(calibration.layers), 'layer')}, {int(visited.sum())} of "
+        f"{counted(calibration.partition.count, 'interval')} of the time axis visited",
         *(f"{name}: {value}" for name, value in calibration.settings.items()),
         f"file: {path}",
     ]

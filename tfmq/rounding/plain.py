@@ -1,0 +1,37 @@
+"""A module whose parameters can take part in training, whatever the host made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def plain_parameters(module: nn.Module, leave: set[nn.Module], device: torch.device) -> Iterator[None]:
+    """Parameters and buffers of a module as float32 copies on `device`, without gradients, until the block ends.
+
+    The host loads models inside of inference mode, and autograd refuses tensors that were made there. leave: modules
+    whose own parameters are not used.
+    """
+    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        for child in module.modules():
+            if child in leave:
+                continue
+            holders: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+            for held in holders:
+                for name, tensor in held.items():
+                    if tensor is None:
+                        continue
+                    before.append((held, name, tensor))
+                    copy = tensor.detach().to(device, copy=True)
+                    copy = copy.float() if copy.is_floating_point() else copy
+                    held[name] = nn.Parameter(copy, requires_grad=False) if held is child._parameters else copy
+        yield
+    finally:
+        for held, name, tensor in before:
+            held[name] = tensor
