@@ -16,8 +16,9 @@ from .tfmq.grouped import GROUPS
 from .tfmq.host import calibrate as calibration
 from .tfmq.host import store, summary, swap, temporal_cache, temporal_quant, temporal_table
 from .tfmq.report import metrics, sheet
-from .tfmq.scheme import PRESETS, ROUNDINGS
+from .tfmq.scheme import AT_A_QUALITY, PRESETS, ROUNDINGS, UNDER_A_SIZE
 from .tfmq.temporal import sampling_times as steps_of_run
+from .tfmq.words import counted
 
 CATEGORY = "TFMQ"
 CalibrationType = io.Custom("TFMQ_CALIBRATION")
@@ -191,7 +192,8 @@ class Quantize(io.ComfyNode):
                     "recipe", options=list(PRESETS), default="W8A8",
                     tooltip=(
                         "How small. W8A8: 8-bit weights and activations. Linear only: convolutions stay in float. "
-                        "W4A8: 4-bit weights, half the size. W4A16: 4-bit weights, computes in float."
+                        "W4A8: 4-bit weights, half the size. W4A16: 4-bit weights, computes in float (NF4, FP4: Linear "
+                        "layers by bitsandbytes). Best under a size, smallest at a quality: 4, 8 or 16 bits per layer."
                     ),
                 ),
                 io.Combo.Input(
@@ -224,6 +226,24 @@ class Quantize(io.ComfyNode):
                     "group", options=[str(g) for g in GROUPS], default=str(GROUPS[0]), advanced=True, optional=True,
                     tooltip="Weights that share a range in 4 bits: fewer are more precise and a little larger.",
                 ),
+                io.Float.Input(
+                    "size_mb", default=0.0, min=0.0, max=1e6, step=1.0, round=0.01, advanced=True, optional=True,
+                    tooltip="For 'best under a size': MB of the diffusion model in the saved file.",
+                ),
+                io.Float.Input(
+                    "quality_db", default=35.0, min=0.0, max=120.0, step=1.0, round=0.01, advanced=True, optional=True,
+                    tooltip=(
+                        "For 'smallest at a quality': how far the error of the model's prediction must stay below the "
+                        "prediction, in dB; 10 more is a third of the error."
+                    ),
+                ),
+                io.String.Input(
+                    "plan", default="", multiline=True, advanced=True, optional=True,
+                    tooltip=(
+                        "The report of an earlier run with some bits changed, or a line like "
+                        '{"layers": {"input_blocks.1.0.in_layers.2": 8}}; layers without a line are decided.'
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -236,13 +256,20 @@ class Quantize(io.ComfyNode):
     def execute(
         cls, model: Any, calibration: Any, recipe: str, activations: str = "auto", ranges: str = "mse",
         temporal: str = temporal_quant.FLOAT, effort: str = ROUNDINGS[0], group: str = str(GROUPS[0]),
+        size_mb: float = 0.0, quality_db: float = 35.0, plan: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         wanted = replace(
             PRESETS[recipe], activations=activations, ranges=ranges, temporal=temporal, rounding=effort,
             group=int(group),
         )  # fmt: skip
+        if recipe == UNDER_A_SIZE:
+            if size_mb <= 0:
+                raise TfmqError(f"The recipe '{recipe}' needs a size: set size_mb to the MB that the file may have.")
+            wanted = replace(wanted, budget=int(size_mb * 1e6))
+        elif recipe == AT_A_QUALITY:
+            wanted = replace(wanted, quality=quality_db)
         bar = comfy.utils.ProgressBar(1)
-        result = swap.quantize(model, calibration.load(), wanted, bar.update_absolute)
+        result = swap.quantize(model, calibration.load(), wanted, bar.update_absolute, plan)
         record = swap.require_quantized(result)
         text = summary.text(record)
         return io.NodeOutput(result, text, summary.report(record), ui=ui.PreviewText(text))
@@ -359,7 +386,7 @@ class Compare(io.ComfyNode):
             raise TfmqError(str(error)) from None
         pictures = sheet.side_by_side(reference, candidate, amplify=amplify)
         lpips = found["lpips"]
-        text = f"{found['images']} pictures: PSNR {found['psnr_db']:.2f} dB, SSIM {found['ssim']:.4f}"
+        text = f"{counted(found['images'], 'picture')}: PSNR {found['psnr_db']:.2f} dB, SSIM {found['ssim']:.4f}"
         text += f", LPIPS {lpips:.4f}" if lpips is not None else f" (no LPIPS: {metrics.lpips_unavailable_reason()})"
         return io.NodeOutput(
             pictures, text, float(found["psnr_db"]), float(found["ssim"]),

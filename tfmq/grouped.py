@@ -21,9 +21,10 @@ SMALLEST_GROUP = 16
 GROUPS = (32, 64, 128)
 # What the range search tries: the channel's scale below the one that covers everything, then each group's step below
 # its own range.
-CHANNEL_SHRINK = (1.0, 0.85, 0.7)
+CHANNEL_SHRINK = (1.0, 0.8)
 GROUP_SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68)
-CHUNK = 1 << 22  # entries searched at a time
+CHUNKS = {"cpu": 1 << 17}  # entries searched at a time: what a core's cache holds
+CHUNK = 1 << 22  # on other devices
 
 
 class Grid(NamedTuple):
@@ -87,7 +88,7 @@ def search_grid(columns: Tensor, group: int, importance: Tensor | None = None, s
     k = columns.shape[1]
     if group < 2 or k % group:
         raise ValueError(f"groups of {group} do not divide {k} columns")
-    rows = max(1, CHUNK // k)
+    rows = max(1, CHUNKS.get(columns.device.type, CHUNK) // k)
     found = [_search(part.float(), group, importance, symmetric) for part in columns.detach().split(rows)]
     scale, factor, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)

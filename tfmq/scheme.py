@@ -20,7 +20,8 @@ class Scheme:
     "none" (left in float: the weight is decoded and the layer computes in float).
     `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.
     `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
-    `rotation`: block size of the Hadamard rotation of the (balanced) input of a dynamic Linear, 0 for none.
+    `rotation`: block size of the rotation of the (balanced) input of a Linear, 0 for none. `permuted`: whether it
+    has permutations of the channels (`tfmq.rotation`).
     `group`: input columns that share a factor of a 4-bit weight, 0 at 8 bits. `weight_format`: "int", or "nf4" or
     "fp4", the formats of bitsandbytes.
     """
@@ -33,6 +34,7 @@ class Scheme:
     rotation: int = 0
     group: int = 0
     weight_format: str = INT
+    permuted: bool = False
 
     @property
     def label(self) -> str:
@@ -76,12 +78,17 @@ class Recipe:
     quality: float = 0.0
 
 
+UNDER_A_SIZE, AT_A_QUALITY = "best under a size", "smallest at a quality"
 ROUNDINGS = ("nearest", "fast", "balanced", "best")
 PRESETS = {
     "W8A8": Recipe("W8A8"),
     "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),
     "W4A8": Recipe("W4A8", weight_bits=4),
     "W4A16": Recipe("W4A16", weight_bits=4, activation_bits=16),
+    "W4A16 NF4": Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
+    "W4A16 FP4": Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
+    UNDER_A_SIZE: Recipe(UNDER_A_SIZE, mixed=True),
+    AT_A_QUALITY: Recipe(AT_A_QUALITY, mixed=True),
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 from ..scheme import Plan
+from ..words import counted
 from .swap import Quantized
 
 MEGABYTE = 1e6
@@ -22,13 +24,15 @@ def text(quantized: Quantized) -> str:
         f"({quantized.bytes_before / max(quantized.bytes_after, 1):.2f} x smaller)",
     ]
     for operation, counts in sorted(quantized.backends.items()):
-        shares = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
+        shares = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in counts.items())
         lines.append(f"{operation} runs on: {shares}")
         if "reference" in counts:
             lines.append("  not worth it here for speed: the reference backend is exact but slow")
+        if "float_conv" in counts:
+            lines.append("  float_conv computes in the model's float type: no fast integer convolution for these here")
     lines += [f"  {name} passed over: {why}" for name, why in sorted(quantized.passed_over.items())]
     reasons = Counter(plan.left.values())
-    lines += [f"left in float: {count} layers, {why}" for why, count in sorted(reasons.items())]
+    lines += [f"left in float: {counted(count, 'layer')}, {why}" for why, count in sorted(reasons.items())]
     if plan.temporal:
         lines.append(f"temporal path: {plan.recipe.temporal}")
         lines += [f"  {path}: {why}" for path, why in plan.temporal.items()]
@@ -51,6 +55,7 @@ def report(quantized: Quantized) -> str:
             "left": dict(Counter(plan.left.values())),
             "backends": quantized.backends,
             "reasons": plan.reasons,
+            "plan": {"recipe": asdict(plan.recipe), "layers": {path: asdict(s) for path, s in plan.layers.items()}},
             "temporal": {"mode": plan.recipe.temporal, "layers": plan.temporal},
         },
         indent=1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,15 +16,16 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..decide import decide
+from ..edit import edited
 from ..errors import TfmqError
 from ..kernels.geometry import Geometry, geometry_of
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
-from ..scheme import INT, NONE, STATIC, Plan, Recipe
-from ..solve import LayerState, solve_layer
+from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
+from ..solve import LayerState, Rounded, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import lora, nf4, temporal_quant
+from . import bits, lora, nf4, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -32,12 +35,15 @@ from .model import (
     fingerprint,
     float_weight,
     kept_in_float,
+    release,
     require_float_model,
     sampling_kind,
 )
+from .reconstruct import reconstruct
 from .temporal_leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
+SECONDS_BETWEEN_LINES = 15.0  # of the log, while weights are rounded
 WEIGHT_ALONE = "weight_alone"  # what a layer with activations in float is listed under
 
 
@@ -66,8 +72,12 @@ class Quantized:
     deaf: tuple[str, ...] = ()
 
 
-def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, progress: Any) -> ModelPatcher:
+def quantize(
+    patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, progress: Any, changes: str = ""
+) -> ModelPatcher:
     """A clone of the MODEL whose layers compute in integers. progress: called with (done, total).
+
+    changes: a plan as JSON (`tfmq.edit`), or nothing.
 
     LoRA patches that are on the MODEL are merged before rounding. Raises TfmqError for a MODEL or calibration that
     does not fit.
@@ -87,8 +97,14 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
     device = patcher.load_device
     cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
     plan = decide(recipe, calibration, kinds, keep, cost)
+    if recipe.mixed:
+        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, cost, progress)
+    if changes.strip():
+        plan = edited(plan, changes, calibration, keep, cost)
     nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
+    rounded = _rounded(patcher, calibration, plan, progress)
+    release(patcher)  # measuring and rounding ran the float network: what they loaded must not be merged twice
 
     clone = patcher.clone()
     clock = Clock(calibration.axis, calibration.partition)
@@ -116,7 +132,9 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
             if scheme.weight_format != INT:
                 state = nf4.solve(scheme, weight)
             else:
-                state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges, grids.get(path))
+                state = solve_layer(
+                    scheme, calibration.layers[path], weight, recipe.ranges, grids.get(path), rounded.get(path)
+                )
         except FloatingPointError as error:
             raise TfmqError(f"Layer {path} cannot be quantized: {error}; load an intact copy of the model.") from None
         bias = None
@@ -139,6 +157,23 @@ def quantize(patcher: ModelPatcher, calibration: Calibration, recipe: Recipe, pr
         patcher.model_size() - saved,
     )  # fmt: skip
     return clone
+
+
+def _rounded(patcher: ModelPatcher, calibration: Calibration, plan: Plan, progress: Any) -> dict[str, Rounded]:
+    """Path -> codes of the 4-bit layers, by the recipe's way of rounding; empty for nearest."""
+    fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
+    if plan.recipe.rounding == ROUNDINGS[0] or not fours:
+        return {}
+    told = time.monotonic()
+
+    def tell(done: int, total: int, left: float) -> None:
+        nonlocal told
+        progress(done, total)
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            logging.info("TFMQ: rounding weights, %d of %d, about %d s left", done, total, left)
+
+    return reconstruct(patcher, calibration, plan, plan.recipe.rounding, tell)
 
 
 def _put_temporal(

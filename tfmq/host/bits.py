@@ -1,0 +1,197 @@
+"""Recipes that choose the bits of each layer: what each layer alone does to the prediction is measured, then a budget
+is spent on it (`tfmq.budget`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ..budget import Option, fewest_bytes, least_error, total_error, total_size
+from ..calibration import Calibration
+from ..decide import decide, scheme_of
+from ..errors import TfmqError
+from ..files import VERSION, read_manifest, write
+from ..kernels.geometry import Geometry
+from ..samples import Samples
+from ..scheme import Plan, Recipe, Scheme
+from ..solve import solve_layer
+from ..timeline import Clock
+from .calibrate import FOLDER
+from .clock import ClockWrapper
+from .leaf import make_leaf
+from .model import PREFIX, candidates, float_weight
+from .reconstruct import Replay
+
+FLOAT = 16
+INTERVALS, ROWS = 6, 2  # of the samples: so many intervals, so many rows of each
+MEGABYTE = 1e6
+KIND = "sensitivity"
+
+
+def mixed_plan(
+    patcher: ModelPatcher,
+    calibration: Calibration,
+    recipe: Recipe,
+    keep: Mapping[str, str],
+    geometries: Mapping[str, Geometry],
+    cost: float,
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """Bits per layer from {4, 8, 16} under `recipe.budget` bytes of file, or for `recipe.quality` dB of the prediction.
+
+    keep: path -> why it must stay in float. cost: of a per-token layer on this machine. progress: (done, total).
+    Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
+    """
+    network = patcher.model.diffusion_model
+    kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
+    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, cost)
+    options: dict[str, dict[int, Scheme]] = {}
+    for path, scheme in eight.layers.items():
+        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, cost)
+        options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
+    choices = _measured(patcher, calibration, recipe, options, geometries, progress)
+    rest = 2 * sum(p.numel() for p in network.parameters()) - sum(
+        next(o.size for o in found if o.bits == FLOAT) for found in choices.values()
+    )
+    plan = _solved(recipe, choices, rest)
+    layers, reasons, left = {}, {}, dict(eight.left)
+    for path, option in plan.items():
+        told = ", ".join(f"{o.bits} bits {o.error:.1e}" for o in sorted(choices[path]) if o.bits != FLOAT)
+        why = f"squared error of the prediction by this layer alone: {told}"
+        if option.bits == FLOAT:
+            left[path] = f"the budget allows it, and it is sensitive ({told})"
+        else:
+            layers[path], reasons[path] = options[path][option.bits], why
+    if not layers:
+        raise TfmqError(
+            "With this size or quality every layer stays in float, and there is nothing to quantize: ask for a smaller "
+            "size_mb or a lower quality_db."
+        )
+    return Plan(recipe, layers, reasons, left)
+
+
+def _solved(recipe: Recipe, choices: Mapping[str, list[Option]], rest: int) -> dict[str, Option]:
+    if recipe.budget:
+        plan = least_error(choices, recipe.budget - rest)
+        if plan is None:
+            smallest = rest + sum(min(o.size for o in options) for options in choices.values())
+            raise TfmqError(
+                f"A size of {recipe.budget / MEGABYTE:.1f} MB cannot be met: the smallest that this model allows is "
+                f"{smallest / MEGABYTE:.1f} MB; set size_mb to at least that."
+            )
+        return plan
+    plan = fewest_bytes(choices, 10 ** (-recipe.quality / 10))
+    assert plan is not None  # float has no error
+    return plan
+
+
+def predicted(plan: Plan, choices: Mapping[str, list[Option]]) -> tuple[int, float]:
+    """Bytes and summed squared error of the layers of a plan, by the choices."""
+    picked = {}
+    for path, options in choices.items():
+        bits = plan.layers[path].weight_bits if path in plan.layers else FLOAT
+        picked[path] = next(option for option in options if option.bits == bits)
+    return total_size(picked), total_error(picked)
+
+
+def _measured(
+    patcher: ModelPatcher,
+    calibration: Calibration,
+    recipe: Recipe,
+    options: Mapping[str, Mapping[int, Scheme]],
+    geometries: Mapping[str, Geometry],
+    progress: Callable[[int, int], None],
+) -> dict[str, list[Option]]:
+    """Path -> options, from the file of an identical question or measured."""
+    asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
+    question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)
+    name = hashlib.sha256(question.encode()).hexdigest()[:24]
+    path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
+    if path.exists():
+        try:
+            known = read_manifest(path, KIND)["choices"]
+            return {layer: [Option(*option) for option in found] for layer, found in known.items()}
+        except (TfmqError, KeyError, TypeError, AttributeError):
+            pass  # damaged: measure anew
+    found = _measure(patcher, calibration, recipe, options, geometries, progress)
+    write(path, {}, {"kind": KIND, "choices": found})
+    return found
+
+
+def _measure(
+    patcher: ModelPatcher,
+    calibration: Calibration,
+    recipe: Recipe,
+    options: Mapping[str, Mapping[int, Scheme]],
+    geometries: Mapping[str, Geometry],
+    progress: Callable[[int, int], None],
+) -> dict[str, list[Option]]:
+    samples = calibration.samples
+    if samples is None or not samples.rows:
+        raise TfmqError(
+            "This calibration holds no samples, by which a recipe with bits per layer is measured: run TFMQ Calibrate "
+            "again, without ControlNet."
+        )
+    network = patcher.model.diffusion_model
+    weights = {path: float_weight(patcher, f"{PREFIX}{path}.weight") for path in options}
+    clone = patcher.clone()
+    clock = Clock(calibration.axis, calibration.partition)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_clock", ClockWrapper(clock))
+    replay = Replay(clone, samples)
+    batches = batches_of(samples)
+    comfy.model_management.load_models_gpu([clone])
+    clone.pre_run()
+    out: dict[str, list[Option]] = {}
+    total, done = sum(len(schemes) for schemes in options.values()), 0
+    try:
+        reference = [replay(batch).float() for batch in batches]
+        energy = sum(float(r.double().square().sum()) for r in reference)
+        for path, schemes in options.items():
+            module = network.get_submodule(path)
+            parent, _, name = path.rpartition(".")
+            holder, bias = network.get_submodule(parent), module.bias
+            out[path] = [Option(FLOAT, 2 * weights[path].numel(), 0.0)]
+            for bits, scheme in schemes.items():
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                state = solve_layer(scheme, calibration.layers[path], weights[path], recipe.ranges)
+                kept = None if bias is None else bias.detach()
+                leaf = make_leaf(module, state, geometries[path], clock, kept, module.weight.dtype)
+                try:
+                    setattr(holder, name, leaf.to(clone.load_device))
+                    error = sum(
+                        float((replay(batch).float() - r).double().square().sum())
+                        for batch, r in zip(batches, reference, strict=True)
+                    )
+                finally:
+                    setattr(holder, name, module)
+                out[path].append(Option(bits, state.nbytes, error / max(energy, 1e-30)))
+                done += 1
+                progress(done, total)
+    finally:
+        clone.cleanup()
+    return out
+
+
+def batches_of(samples: Samples) -> list[list[int]]:
+    """Rows of some intervals spread over the time axis, one batch each: an interval has ranges of its own."""
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(samples.rows):
+        groups.setdefault((row.interval, row.shape), []).append(i)
+    intervals = sorted({interval for interval, _ in groups})
+    chosen = {intervals[i * (len(intervals) - 1) // max(INTERVALS - 1, 1)] for i in range(INTERVALS)}
+    largest: dict[int, list[int]] = {}
+    for (interval, _), rows in groups.items():
+        if interval in chosen and len(rows) > len(largest.get(interval, [])):
+            largest[interval] = rows
+    # Every k-th of an interval's rows, which lie in the order of the branches.
+    return [rows[:: max(1, len(rows) // ROWS)][:ROWS] for _, rows in sorted(largest.items())]
