@@ -43,8 +43,8 @@ class TemporalReport(io.ComfyNode):
                     tooltip="Into how many parts the time axis is cut for the curves and the choice.",
                 ),
                 io.Int.Input(
-                    "tiar_steps", default=200, min=0, max=20000, advanced=True,
-                    tooltip="Steps of the joint rounding that follows the layer-wise one; 0 leaves it out.",
+                    "tiar_steps", default=0, min=0, max=20000, advanced=True,
+                    tooltip="Steps of the joint rounding behind the layer-wise one. TFMQ Quantize takes none: 0.",
                 ),
             ],
             outputs=[
@@ -57,7 +57,7 @@ class TemporalReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, budget_kb: int, calibration: Any = None, intervals: int = 25, tiar_steps: int = 200
+        cls, model: Any, budget_kb: int, calibration: Any = None, intervals: int = 25, tiar_steps: int = 0
     ) -> io.NodeOutput:
         reason = plots.missing()
         if reason is not None:

@@ -18,8 +18,14 @@ from tfmq.report import atomic
 PARTS = ("share", "error", "cache", "ranges")
 
 
-def run(parts: tuple[str, ...], checkpoint: Path | None = None, prompts: Path | None = None) -> dict[str, Any]:
-    """The sections asked for, in the order of `PARTS`; each prints that it starts and how long it took."""
+def run(
+    parts: tuple[str, ...],
+    checkpoint: Path | None = None,
+    prompts: Path | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """The sections asked for, in the order of `PARTS`; each prints that it starts and how long it took. keep: is handed
+    all that is there after each."""
     from bench.temporal_cache import cache
     from bench.temporal_error import error
     from bench.temporal_ranges import ranges
@@ -28,7 +34,7 @@ def run(parts: tuple[str, ...], checkpoint: Path | None = None, prompts: Path | 
     sections: dict[str, Callable[[], Any]] = {
         "share": share,
         "error": lambda: error(checkpoint, prompts),
-        "cache": cache,
+        "cache": lambda: cache(checkpoint, prompts),
         "ranges": lambda: ranges(checkpoint, prompts),
     }
     found: dict[str, Any] = {}
@@ -37,6 +43,7 @@ def run(parts: tuple[str, ...], checkpoint: Path | None = None, prompts: Path | 
         start = time.perf_counter()
         found[part] = sections[part]()
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+        keep(found)
     return found
 
 
@@ -45,15 +52,23 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="SD1.5 format; default: the demo's (for `error` and `ranges`)")
     parser.add_argument("--prompts", type=Path, help="one per line; default: the demo's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--json", type=Path, help="write the figures there, section by section")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="only these; others stay as they are in the JSON"
+    )
     arguments = parser.parse_args()
     use_host(arguments.device)
     parts = tuple(part for part in PARTS if part in arguments.parts)
-    text = json.dumps(run(parts, arguments.checkpoint, arguments.prompts), indent=1)
-    if arguments.json:
-        atomic.write_bytes(arguments.json, f"{text}\n".encode())
-    print(text)
+    target = arguments.json
+    known = json.loads(target.read_text(encoding="utf-8")) if target and target.is_file() and parts != PARTS else {}
+
+    def keep(found: dict[str, Any]) -> None:
+        if target:
+            merged = known | found
+            text = json.dumps({part: merged[part] for part in PARTS if part in merged}, indent=1)
+            atomic.write_bytes(target, f"{text}\n".encode())
+
+    print(json.dumps(run(parts, arguments.checkpoint, arguments.prompts, keep), indent=1))
 
 
 if __name__ == "__main__":

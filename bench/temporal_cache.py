@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.temporal_models import MODELS, build
+from bench.temporal_table import without_weights
 from bench.temporal_tiny import TINY, fill
 from devkit.inprocess import PACK_MODULE, load_pack
 
@@ -98,17 +100,19 @@ def with_lora(patcher: Any, paths: list[str], strength: float = 1.0, seed: int =
     return import_module("comfy.sd").load_lora_for_models(patcher, None, state, strength, 0.0)[0]
 
 
-def cache() -> dict[str, Any]:
+def cache(checkpoint: Path | None = None, prompts: Path | None = None) -> dict[str, Any]:
     """Section `cache` of the temporal benchmark.
 
     `<model>`: parameters no longer resident (of how many), bytes of their weights, and for each sampler, without and
     with a LoRA on temporal layers, the largest difference to the uncached model, bytes of the table and the share of
     calls that it answered. `projected`: the same sizes for real configurations, from the network's shapes alone.
+    `without_weights`: of tables that are saved instead of the weights (`temporal_table`).
     """
     load_pack()
     host = import_module(f"{PACK_MODULE}.tfmq.host.temporal_cache")
     found: dict[str, Any] = {name: _tiny_entry(host, name) for name in BENCH}
     found["projected"] = {name: projected(name, steps, rows) for name, steps, rows in REAL}
+    found["without_weights"] = without_weights(checkpoint, prompts)
     return found
 
 

@@ -33,7 +33,8 @@ INT8, INT4 = "int8 TIAR+FSC", "int4 TIAR+FSC"
 @torch.inference_mode()  # as in the host
 def error(checkpoint: Path | None = None, prompts: Path | None = None, pictures: int = PICTURES) -> dict[str, Any]:
     """Entry name -> `rel_l2` (over all outputs and timesteps), `worst_cosine`, `worst_mismatch` (in timesteps),
-    `bytes`, per-layer `layers` (rel_l2), and `psnr_db` against float32 over `pictures` prompts with the same seeds.
+    `bytes`, per-layer `layers` (rel_l2), and `psnr_db` against float32 over `pictures` prompts with the same seeds,
+    with the `adherence` of those pictures and that of float32.
 
     All 1000 timesteps. `selected` may use the bytes of `tiar_fsc_int8`; `selected_int4_bytes` those of `tiar_fsc_int4`.
     """
@@ -77,13 +78,27 @@ def error(checkpoint: Path | None = None, prompts: Path | None = None, pictures:
         reference = sample(model, setting)
         for name, some in features.items():
             with replaced(network, some):
-                result[name]["psnr_db"] = finite(metrics.psnr(reference, sample(model, setting)))
+                found_pictures = sample(model, setting)
+            result[name]["psnr_db"] = finite(metrics.psnr(reference, found_pictures))
+            result[name] |= adherence_of(found_pictures, texts, checkpoint)
             say(f"{name}: {result[name]['psnr_db']} dB")
         for entry in result.values():
             entry["pictures"] = len(texts)
+            entry |= {f"{name}_of_float32": v for name, v in adherence_of(reference, texts, checkpoint).items()}
     curve = fit_curve(layer_functions(graph), AXIS, discrete=True)
     result["cache"]["without_weights"] = curve.manifest() | {"measured": curve.trials}
     return result
+
+
+def adherence_of(pictures: Tensor, texts: list[str], checkpoint: Path | None) -> dict[str, float]:
+    """`adherence`: how well the demo checkpoint's pictures [N, H, W, 3] show what was asked for, 0..1; nothing for
+    pictures of another checkpoint."""
+    from demo import adherence, render
+
+    if checkpoint is not None and checkpoint.resolve() != demo_checkpoint.TARGET.resolve():
+        return {}
+    score = adherence.mean_score([picture.numpy() for picture in pictures], [render.parse(text) for text in texts])
+    return {"adherence": round(score, 6)}
 
 
 def quantized(graph: TemporalGraph, times: FiniteSet, say: Any) -> tuple[dict[str, QuantizedTib], dict[str, float]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.temporal_error import adherence_of
 from demo import checkpoint as demo_checkpoint
 from devkit import inprocess
 
@@ -28,7 +29,8 @@ BITS = (8, 6)
 @torch.inference_mode()  # as in the host
 def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures: int = PICTURES) -> dict[str, Any]:
     """Bits -> entry -> `layer_error` (mean relative L2 of the inputs of all quantized layers, held-out prompts),
-    `layer_error_linear` (the same over Linear layers alone) and `psnr_db` against float32.
+    `layer_error_linear` (the same over Linear layers alone), `psnr_db` against float32 and `adherence`
+    (`float32` has that of the reference).
 
     Entries: `one_range`, `intervals_25`, `tdq`, `per_token`. Per token exists for Linear layers alone: its convolutions
     have a range per interval. Also `better_with_tdq`: in how many layers TDQ has the least error of the static three,
@@ -60,6 +62,7 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
     result: dict[str, Any] = {
         "prompts": {"calibration": CALIBRATION, "held_out": len(judge["prompts"]), "pictures": len(wanted)},
         "partition": INTERVALS,
+        "float32": adherence_of(reference, wanted, checkpoint),
     }
     recipes = {
         "one_range": {"activations": "static", "ranges": scheme.ONE_RANGE},
@@ -74,7 +77,8 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
             recipe = scheme.Recipe(f"W8A{bits}", 8, bits, branches_apart=False, **wishes)
             quantized = swap.quantize(model, calibration, recipe, lambda *_: None)
             plan = swap.require_quantized(quantized).plan
-            found[name] = {"psnr_db": finite(metrics.psnr(reference, sample(quantized, setting)))}
+            made = sample(quantized, setting)
+            found[name] = {"psnr_db": finite(metrics.psnr(reference, made)), **adherence_of(made, wanted, checkpoint)}
             say(f"ranges: {bits} bits, {name}: {found[name]['psnr_db']} dB")
         assert plan is not None
         layers = {p: calibration.layers[p] for p in plan.layers}

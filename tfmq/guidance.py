@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .quantizer import affine_grid, histogram_error, search_range
 
-CONDITIONAL, UNCONDITIONAL = 0, 1
+CONDITIONAL = 0
 BRANCHES = 2
 # A layer with two grids runs in two pieces; below this ratio of squared errors it is worth that.
 WORTHWHILE = 0.8

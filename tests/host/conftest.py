@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,38 @@ def _dead_models_go_at_once() -> Iterator[None]:
     """Models of one module die at its end, and not while the host walks over its list of models in the next."""
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process keeps calibrations and saved models meanwhile."""
+    from support import patchers  # not at the top: tests of the server need no host in this process
+
+    place = tmp_path_factory.mktemp("host")
+    with patchers.files_in(place):
+        yield place
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Any:
+    """The MODEL of the tiny SD1.5 checkpoint, in this process."""
+    from support import patchers
+
+    return patchers.load()
+
+
+@pytest.fixture(scope="module")
+def calibration(base: Any) -> Any:
+    from support import patchers
+
+    return patchers.calibrate(base)
+
+
+@pytest.fixture(scope="module")
+def quantized(base: Any, calibration: Any) -> Any:
+    from support import patchers
+
+    return patchers.quantize(base, calibration)
 
 
 @pytest.fixture(scope="session")

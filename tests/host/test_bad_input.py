@@ -20,28 +20,7 @@ from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 files = patchers.module("tfmq.files")
 store = patchers.module("tfmq.host.store")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("host")
-    with patchers.files_in(place):
-        yield place
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def calibration(base):
-    return patchers.calibrate(base)
-
-
-@pytest.fixture(scope="module")
-def quantized(base, calibration):
-    return patchers.quantize(base, calibration)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +229,7 @@ def test_a_layer_that_calibration_never_saw_stays_in_float(base, calibration):
     output = patchers.nodes.Quantize.execute(base, type(calibration)(str(partial)), "W8A8").args
     assert path not in patchers.leaves(output[0])
     assert output[0].attachments["tfmq"].plan.left[path] == "the calibration never saw it run"
-    assert "left in float: 1 layers, the calibration never saw it run" in output[1]
+    assert "left in float: 1 layer, the calibration never saw it run" in output[1]
     assert json.loads(output[2])["left"]["the calibration never saw it run"] == 1
     assert torch.isfinite(patchers.sample(output[0])).all()
 

@@ -127,6 +127,33 @@ def test_calibrate_quantize_sample_save_load(client: Client, case: Case):
     assert loaded.text("loaded").splitlines()[:2] == result.text("quantized").splitlines()[:2]
 
 
+def test_a_file_with_a_temporal_table_in_place_of_weights(client: Client):
+    case = CASES[0]
+    made = start(case.model) | {"calibration": calibrate(case), "quantized": quantize()}
+    files = {}
+    for kind in ("weights", "table"):
+        link = {"model": ["quantized", 0], "filename_prefix": f"tfmq/as-{kind}"}
+        made[kind] = node("TFMQ_Save", **link, temporal=kind)
+    result = client.queue(made)
+    for kind in ("weights", "table"):
+        path, *about = result.text(kind).splitlines()
+        files[kind] = Path(path)
+        assert bool(about) == (kind == "table")
+    assert files["table"].stat().st_size < 0.9 * files["weights"].stat().st_size
+    latents = {}
+    for kind, path in files.items():
+        graph = start(case.model) | {
+            "loaded": node("TFMQ_Load", model_name=name_in_folder(str(path))),
+            "out": sample(case, "loaded", sampler_name="heun"),
+            "keep": keep("out"),
+        }
+        del graph["model"]
+        loaded = client.queue(graph)
+        latents[kind] = latent(client, loaded, "keep")
+        assert ("answered by a temporal table" in loaded.text("loaded")) == (kind == "table")
+    assert 0 < distance(latents["table"], latents["weights"]) < case.limit
+
+
 def test_an_identical_request_is_found_again_and_another_one_is_not(client: Client):
     case = CASES[2]._replace(steps=1, sampler="euler")
     graph = start(case.model) | {"calibration": calibrate(case, seed=5), "text": show("calibration", 1)}

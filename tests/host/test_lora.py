@@ -12,21 +12,7 @@ import comfy.model_management  # isort: skip
 import comfy.utils  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def quantized(base):
-    return patchers.quantize(base, patchers.calibrate(base))
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture(scope="module")

@@ -13,26 +13,7 @@ import comfy.model_management  # isort: skip
 import comfy.ops  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def calibration(base):
-    return patchers.calibrate(base)
-
-
-@pytest.fixture(scope="module")
-def quantized(base, calibration):
-    return patchers.quantize(base, calibration)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def linear_and_conv(patcher):

@@ -16,23 +16,7 @@ from comfy.quant_ops import QuantizedTensor  # isort: skip
 store = patchers.module("tfmq.host.store")
 swap = patchers.module("tfmq.host.swap")
 summary = patchers.module("tfmq.host.summary")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("host")
-    with patchers.files_in(place):
-        yield place
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def quantized(base):
-    return patchers.quantize(base, patchers.calibrate(base))
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture(scope="module")

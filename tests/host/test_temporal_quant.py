@@ -25,13 +25,7 @@ selection = patchers.module("tfmq.temporal.selection")
 INT8, INT4, SELECTED = temporal_quant.INT8, temporal_quant.INT4, temporal_quant.SELECTED
 EMBEDDER = ("time_embed.0", "time_embed.2")
 LIMIT = {INT8: 0.03, INT4: 0.03, SELECTED: 0.03}  # measured 0.013, 0.016, 0.013: other layers round another way then
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("host")
-    with patchers.files_in(place):
-        yield place
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,11 +44,6 @@ def solved():
         yield known
 
 
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
 @pytest.fixture
 def graph(base):
     comfy.model_management.unload_all_models()  # a clone's leaves may be in the shared network
@@ -62,19 +51,14 @@ def graph(base):
 
 
 @pytest.fixture(scope="module")
-def handle(base):
-    return patchers.calibrate(base)
-
-
-@pytest.fixture(scope="module")
-def plain(base, handle):
+def plain(base, calibration):
     """With the temporal path in float."""
-    return patchers.quantize(base, handle)
+    return patchers.quantize(base, calibration)
 
 
 @pytest.fixture(scope="module")
-def made(base, handle):
-    return {mode: patchers.quantize(base, handle, temporal=mode) for mode in (INT8, INT4, SELECTED)}
+def made(base, calibration):
+    return {mode: patchers.quantize(base, calibration, temporal=mode) for mode in (INT8, INT4, SELECTED)}
 
 
 @pytest.fixture(scope="module", params=[INT8, INT4, SELECTED])
@@ -184,9 +168,9 @@ def test_weights_with_some_rows_from_a_cache(graph, made, kind):
                 assert error < (0.008 if kind == "cache int8" else 0.0005)
 
 
-def test_the_summary_and_the_report_list_every_layer(made, handle, base):
+def test_the_summary_and_the_report_list_every_layer(made, calibration, base):
     with torch.inference_mode():
-        out = patchers.nodes.Quantize.execute(base, handle, "W8A8", temporal=INT4).args
+        out = patchers.nodes.Quantize.execute(base, calibration, "W8A8", temporal=INT4).args
     report = json.loads(out[2])
     assert report["temporal"]["mode"] == INT4 and len(report["temporal"]["layers"]) == 5
     for path, why in report["temporal"]["layers"].items():
@@ -266,7 +250,7 @@ def test_partial_loading_and_unloading(made, mode, monkeypatch):
     assert quantized.model.model_lowvram
 
 
-def test_an_interrupt_stops_it_and_leaves_nothing(base, handle, monkeypatch, solved):
+def test_an_interrupt_stops_it_and_leaves_nothing(base, calibration, monkeypatch, solved):
     solved.clear()
 
     class Interrupt(Exception):
@@ -281,7 +265,7 @@ def test_an_interrupt_stops_it_and_leaves_nothing(base, handle, monkeypatch, sol
 
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
     with pytest.raises(Interrupt):
-        patchers.quantize(base, handle, temporal=INT8)
+        patchers.quantize(base, calibration, temporal=INT8)
     assert not base.object_patches and not base.attachments
 
 

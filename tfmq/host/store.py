@@ -1,9 +1,9 @@
 """TFMQ Save and TFMQ Load: a quantized network as one file in ComfyUI's model folders.
 
 Beside the float parameters, under the model's own names: `X.weight` int8 codes, `X.weight_scale`, `X.weight_balance`,
-`X.tfmq_act_scale`, `X.tfmq_act_zero_point`; for layers of the temporal path the tensors of a `TemporalState`. Linear
-layers also carry a `X.comfy_quant` that names a format of ours, so that a host without this pack stops with an error
-instead of taking codes for weights.
+`X.weight_permutations`, `X.tfmq_act_scale`, `X.tfmq_act_zero_point`; for layers of the temporal path the tensors of a
+`TemporalState`. Linear layers also carry a `X.comfy_quant` that names a format of ours, so that a host without this
+pack stops with an error instead of taking codes for weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
 from ..kernels.geometry import Geometry, geometry_of
+from ..packed_codes import plain
 from ..scheme import INT, Plan
 from ..solve import LayerState
 from ..timeline import Clock, Partition, TimeAxis
@@ -40,6 +41,7 @@ from .temporal_leaf import TemporalLinear, finite_set_clock, from_file, to_file
 FOLDER = "diffusion_models"
 PARTS = (
     "weight_scale", "weight_factor", "weight_zero", "weight_balance", "tfmq_act_scale", "tfmq_act_zero_point",
+    "weight_permutations",
 )  # fmt: skip
 
 
@@ -116,11 +118,12 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
     weight = leaf.weight
     assert isinstance(weight, QuantizedTensor)
     found = {
-        "weight": weight._qdata,
+        "weight": plain(weight._qdata),
         "weight_factor": getattr(weight._params, "factor", None),
         "weight_zero": getattr(weight._params, "zero", None),
         "weight_scale": weight._params.scale,
         "weight_balance": None if leaf.inverse_balance is None else weight._params.balance,
+        "weight_permutations": leaf.permutations,
         "tfmq_act_scale": leaf.act_scale,
         "tfmq_act_zero_point": leaf.act_zero_point,
         "bias": None if leaf.bias is None else smallest_exact(leaf.bias.detach()),
@@ -187,6 +190,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         state = LayerState(
             kinds[layer], scheme, shapes[layer], codes[layer], scale, part["weight_balance"],
             part["tfmq_act_scale"], part["tfmq_act_zero_point"], part["weight_factor"], part["weight_zero"],
+            part["weight_permutations"],
         )  # fmt: skip
         bias = tensors.get(f"{layer}.bias")
         if bias is not None:

@@ -30,6 +30,7 @@ from ..errors import TfmqError
 from ..temporal.cache import CachedLayer, FeatureTable, Group, Statistics, Switch, equal_rows
 from ..temporal.inputs import Call, NotCovered, Projections, projections_of
 from ..temporal.tib import find_tib
+from ..words import counted
 from . import temporal_table
 from .leaf import _HostLeaf
 from .model import PREFIX, release
@@ -261,8 +262,8 @@ class TemporalCache:
             for path in wrong:
                 self.layers[path].trusted = False
             self._say(
-                f"{len(wrong)} layers get another input than expected (such as {min(wrong)}): another node or a newer "
-                "ComfyUI changes the embedding; these layers run on their weights"
+                f"another input than expected for {counted(len(wrong), 'layer')} (such as {min(wrong)}): another node "
+                "or a newer ComfyUI changes the embedding; what gets it runs on the weights"
             )
             wrong.clear()
 
@@ -365,7 +366,7 @@ def describe(patcher: ModelPatcher, steps: tuple[int, ...] = (20, 50)) -> str:
     dtype = patcher.model.get_dtype_inference()
     row = slot_bytes(cache, dtype)
     lines = [
-        f"{cache.architecture}: {len(cache.layers)} temporal layers answer from a table; "
+        f"{cache.architecture}: a table answers for {counted(len(cache.layers), 'temporal layer')}; "
         f"{cache.parameters / 1e6:.2f} M parameters ({cache.nbytes / MEGABYTE:.1f} MB) are no longer loaded",
         f"one timestep takes {row / MEGABYTE:.3f} MB per distinct row ({str(dtype).removeprefix('torch.')}): "
         + ", ".join(f"{n} steps {n * row / MEGABYTE:.1f} MB" for n in steps)
@@ -390,7 +391,7 @@ def describe_run(cache: TemporalCache) -> str:
         f"{s.prefetched} ahead, {s.evicted} evicted; table {cache.table.nbytes / MEGABYTE:.2f} MB, "
         f"{cache.nbytes / MEGABYTE:.1f} MB of weights not loaded"
     )
-    return text + (f"; {s.bypassed} calls ran on the weights" if s.bypassed else "")
+    return text + (f"; {counted(s.bypassed, 'call')} ran on the weights" if s.bypassed else "")
 
 
 def _attach(clone: ModelPatcher, architecture: str, spec: Projections, paths: list[str], budget: int) -> TemporalCache:

@@ -12,15 +12,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..errors import TfmqError
 from ..packing import pack, signed_zero_point
-from ..temporal.features import TemporalGraph, temporal_graph
+from ..temporal.features import TemporalGraph
 from ..temporal.fsc import FiniteSet, QuantizedLayer, QuantizedTib
 from ..temporal.selection import CACHE8, CACHE16, NONE, Selection, int8_table, select
 from ..temporal.tiar import tiar
 from ..temporal.tib import find_tib
 from ..timeline import TimeAxis
-from .model import PREFIX, float_weight
+from .model import PREFIX
+from .temporal_graph import graph_of
 from .temporal_leaf import TemporalState, temporal_state
 
 FLOAT, INT8, INT4, SELECTED = "float", "int8 (TIAR + FSC)", "int4 (TIAR + FSC)", "selected"
@@ -54,7 +54,7 @@ def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, 
 
     Raises TfmqError for a MODEL whose temporal features do not depend on t alone or whose embedding is not known.
     """
-    graph = _graph(patcher, network)
+    graph = graph_of(patcher, network, patcher.load_device)
     times = FiniteSet(FiniteSet.of(axis).points.to(patcher.load_device))
     wanted = (INT8, INT4) if mode == SELECTED else (mode,)
     total, tibs = steps(network, mode), {}
@@ -76,23 +76,6 @@ def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, 
             found = _one_width(graph, times, tibs[mode], mode)
     offload = patcher.offload_device
     return replace(found, states={path: _state_to(state, offload) for path, state in found.states.items()})
-
-
-def _graph(patcher: ModelPatcher, network: nn.Module) -> TemporalGraph:
-    tib = find_tib(network)
-    depends_on_t_alone = not set(tib.layers.values()) - {"t"}
-    if tib.layers and depends_on_t_alone and tib.architecture != "unet":
-        raise TfmqError(
-            f"The temporal path of this {tib.architecture} model cannot be quantized: set temporal to float, and use "
-            "TFMQ Temporal Cache for it."
-        )
-    weights: dict[str, Tensor] = {}
-    if depends_on_t_alone:
-        for path in tib.layers:
-            for name in ("weight", "bias"):
-                if getattr(network.get_submodule(path), name, None) is not None:
-                    weights[f"{path}.{name}"] = float_weight(patcher, f"{PREFIX}{path}.{name}")
-    return temporal_graph(network, weights=weights)
 
 
 def _one_width(graph: TemporalGraph, times: FiniteSet, tib: QuantizedTib, mode: str) -> Temporal:

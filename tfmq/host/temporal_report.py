@@ -10,14 +10,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..calibration import Calibration
-from ..errors import TfmqError
-from ..temporal.features import TemporalGraph, temporal_graph
 from ..temporal.fsc import FiniteSet, QuantizedTib, nearest_tib
-from ..temporal.selection import Selection, feature_errors, select
+from ..temporal.selection import Choice, Selection, feature_errors, select
 from ..temporal.tiar import tiar
-from ..temporal.tib import find_tib
-from ..timeline import TimeAxis
-from .model import PREFIX, float_weight, require_float_model, time_axis
+from ..words import counted
+from .model import require_float_model, time_axis
+from .temporal_graph import graph_of
 
 REFERENCE = "int8 TIAR+FSC"
 MEASURES = {"relative L2 error": "rel_l2", "cosine": "cosine", "mismatch (timesteps)": "mismatch"}
@@ -52,8 +50,8 @@ def examine(
     steps: of TIAR's joint stage. budget: bytes for the selection, by default those of the int8 variant. progress:
     called with (done, total). Raises TfmqError for a MODEL without a TIB, or one that depends on more than t.
     """
-    graph, axis = graph_of(patcher)
-    times = FiniteSet.of(axis)
+    graph = graph_of(patcher, require_float_model(patcher), torch.device("cpu"))
+    times = FiniteSet.of(time_axis(patcher))
     tibs: dict[str, QuantizedTib] = {}
     stages = len(graph.layers) + steps
     before = 0
@@ -77,23 +75,6 @@ def examine(
     return TemporalReport(selection, nearest, centers)
 
 
-def graph_of(patcher: ModelPatcher) -> tuple[TemporalGraph, TimeAxis]:
-    """The TIB of a float MODEL on the CPU, with its LoRAs merged, and the span of its timesteps."""
-    network = require_float_model(patcher)
-    weights = {}
-    for path in find_tib(network).layers:
-        for name in (f"{path}.weight", f"{path}.bias"):
-            if PREFIX + name in patcher.patches:
-                weights[name] = float_weight(patcher, PREFIX + name).cpu()
-    try:
-        return temporal_graph(network, weights=weights), time_axis(patcher)
-    except ValueError as error:
-        raise TfmqError(
-            f"The embedding of the timestep of a {type(network).__name__} is not known to this report: use TFMQ "
-            "Temporal Cache, which keeps its temporal features exact."
-        ) from error
-
-
 def activation_ranges(calibration: Calibration) -> dict[str, list[float]]:
     """Layer -> width of the range of its (balanced) input per interval, NaN where no call came."""
     out = {}
@@ -108,14 +89,18 @@ def table(report: TemporalReport) -> str:
     """One line per layer: what was chosen, its error, its bytes and why."""
     s = report.selection
     lines = [
-        f"{len(s.choices)} temporal layers, {s.bytes} of {s.budget} bytes, embedder kept as: {s.embedder}",
+        f"{counted(len(s.choices), 'temporal layer')}, {s.bytes} of {s.budget} bytes, embedder kept as: {s.embedder}",
         *(
-            f"{c.path}: {c.base}{f' + {c.rows} for {len(c.cached)} intervals' if c.cached else ''}, rel. L2 "
+            f"{c.path}: {c.base}{_rows(c)}, rel. L2 "
             f"{c.rel_l2:.2e}, worst cosine {c.worst_cosine:.6f}, {c.bytes} bytes ({c.why})"
             for c in s.choices.values()
         ),
     ]
     return "\n".join(lines)
+
+
+def _rows(choice: Choice) -> str:
+    return f" + {choice.rows} for {counted(len(choice.cached), 'interval')}" if choice.cached else ""
 
 
 def data(report: TemporalReport) -> dict[str, Any]:

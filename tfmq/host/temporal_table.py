@@ -27,10 +27,11 @@ from ..errors import TfmqError
 from ..files import smallest_exact
 from ..leaf import LeafCore
 from ..temporal.curve import Curve, fit
-from ..temporal.features import EMBEDDING, TemporalGraph, temporal_graph
+from ..temporal.features import EMBEDDING, TemporalGraph, inner_layers, temporal_graph
 from ..temporal.inputs import Call, NotCovered, projections_of
 from ..temporal.tib import Tib, find_tib
 from ..timeline import TimeAxis
+from ..words import counted
 from .model import PREFIX
 
 NAME = "tfmq_temporal_table"
@@ -132,7 +133,7 @@ def make(
             )
     graph = _shell(network)
     source = _Source(graph, _embedding(network), baked)
-    inner = _inner(graph)
+    inner = inner_layers(graph, tib.architecture)
     layers = {path: source.function(path) for path in graph.layers if path not in inner}
     sampling = patcher.get_model_object("model_sampling")
     discrete = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, ModelSamplingDiscreteEDM)
@@ -181,12 +182,6 @@ def _shell(network: nn.Module) -> TemporalGraph:
     none = torch.zeros(1, 1)
     names = [f"{path}.{part}" for path in find_tib(network).layers for part in ("weight", "bias")]
     return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none))
-
-
-def _inner(graph: TemporalGraph) -> set[str]:
-    """Layers whose output goes to the next layer of the same embedder and nowhere else. (The last one's may be read by
-    the network itself: Wan and PixArt modulate their heads by it.)"""
-    return set(graph.embedder[:-1])
 
 
 class _Caught(Exception):
@@ -350,8 +345,8 @@ class TableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
-        if self.rows is None:  # only read by another layer that answers from the table
-            return x.new_zeros(shape)
+        if self.rows is None:  # only read by other layers of the table, which do not look at it; who does shall notice
+            return x.new_full(shape, torch.nan)
         now = self.moment
         if now.weights is None:
             raise TfmqError(
@@ -495,7 +490,7 @@ def describe(manifest: dict[str, Any]) -> str:
     size, removed = manifest["bytes"], manifest["removed"]
     what = f"rank {manifest['rank']}" if manifest["rank"] else f"{manifest['points']} rows"
     text = (
-        f"temporal table: {len(manifest['layers'])} layers, {removed / MEGABYTE:.1f} MB of weights "
+        f"temporal table: {counted(len(manifest['layers']), 'layer')}, {removed / MEGABYTE:.1f} MB of weights "
         f"-> {size / MEGABYTE:.2f} MB ({manifest['kind']}, {what}); error over all t: worst "
         f"{manifest['worst_error']:.1e}, mean {manifest['mean_error']:.1e} (relative L2)"
     )

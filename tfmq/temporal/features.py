@@ -20,6 +20,9 @@ from .tib import find_tib
 
 EMBEDDING = ""  # the source of the first layer
 MAX_PERIOD = 10000.0
+# Architectures whose network hands the embedder's output to the projections alone. (Wan and PixArt modulate their heads
+# by it, too.)
+_FOR_PROJECTIONS_ALONE = ("unet", "qwen_image", "auraflow", "lumina2")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class TemporalGraph:
     def _float(self, path: str, x: Tensor) -> Tensor:
         layer = self.layers[path]
         return F.linear(x, layer.weight, layer.bias)
+
+
+def inner_layers(graph: TemporalGraph, architecture: str) -> tuple[str, ...]:
+    """Paths of the layers whose output only other layers of the graph read."""
+    return graph.embedder if architecture in _FOR_PROJECTIONS_ALONE else graph.embedder[:-1]
 
 
 def sinusoid(t: Tensor, channels: int, max_period: float = MAX_PERIOD) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TfmqError
+from ..words import counted
 from .features import TemporalGraph
 from .fsc import FiniteSet, QuantizedTib
 
@@ -314,6 +315,6 @@ def _choice(
         f"{sizes[reference][path]} bytes"
     )
     if option.cached:
-        why += f"; rows of {len(option.cached)} intervals, where the weights do worst, from a {option.rows}"
+        why += f"; rows of {counted(len(option.cached), 'interval')}, where the weights do worst, from a {option.rows}"
     why += "; no embedder of t is needed" if family == NONE else f"; embedder: {family}"
     return Choice(path, option.base, option.rows, option.cached, option.bytes, rel, option.cosine, why)

@@ -164,7 +164,7 @@ def per_token_error(statistics: LayerStatistics, bits: int = 8) -> float | None:
 def over_time(plan: Plan, calibration: Calibration) -> dict[str, Grid]:
     """Grids of the static layers of a plan whose recipe asks for "tdq" or "one range"; empty for any other recipe."""
     ranges, bits = plan.recipe.ranges, plan.recipe.activation_bits
-    own = {p: calibration.layers[p] for p, scheme in plan.layers.items() if scheme.activation == STATIC}
+    own = {p: calibration.layers[p].under(s) for p, s in plan.layers.items() if s.activation == STATIC}
     if ranges == ONE_RANGE:
         return {p: one_grid(s, bits=bits) for p, s in own.items()}
     if ranges != TDQ or not own:
