@@ -1,14 +1,22 @@
-"""How near to float32 do int8 models stay? Ours and the host's formats, on a checkpoint and on its outlier variant.
+"""How near to float32 do quantized models stay? Ours and what others have, on a checkpoint and its outlier variant.
 
 `python -m bench.quality [--checkpoint FILE] [--prompts FILE] [--device cpu|cuda] [--json FILE] [--count N] [--steps N]
-[--cfg X] [--size N]`. Every model samples the same prompts with the same seeds (euler, normal); the pictures are
-compared with those of the float32 model. The outlier variant computes the same function as the checkpoint with
-activations that are harder to quantize (`bench/outliers.py`).
+[--cfg X] [--size N] [--only A,B] [--parts A,B] [--keep FOLDER]`. Every model samples the same prompts with the same
+seeds (euler, normal); the pictures are compared with those of the float32 model. The outlier variant computes the same
+function as the checkpoint with activations that are harder to quantize (`bench/outliers.py`). All models but float32
+are made of the float16 model.
+
+Beside the entries of both models there are, of the checkpoint, `temporal_ablation` (`bench/quality_temporal.py`) and
+`dominates`: whether a mixed plan at the bytes of each other entry is at least as good.
+
+`--only` and `--parts` measure some of it and add it to what FILE holds of the same run; `--keep` keeps the pictures of
+float32 and the calibrations in FOLDER for the next of such calls (empty it when the code changes).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +25,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,11 +40,20 @@ from demo.adapt import SAMPLING, SIZE
 from devkit import inprocess
 from tfmq.report import atomic, metrics
 
+from .quality_kept import Kept, calibrations_in
+from .quality_makers import ABLATED, BEST, MAKERS, MIXED, Source, dominated, in_bytes, make
+
 ROOT = Path(__file__).resolve().parent.parent
 COUNT, CALIBRATION = 64, 16
 SEED, CALIBRATION_SEED = 1000, 500_000
 BATCH = 8  # prompts per sampler call; the same for every model
-ENTRIES = ("float32", "ours_w8a8", "ours_w8a8_linear", "host_int8", "host_int8_convrot")
+REFERENCE = "float32"
+ENTRIES = (REFERENCE, *MAKERS)
+PLAIN, OUTLIERS = "checkpoint", "outliers"
+TEMPORAL, DOMINATES = "temporal_ablation", "dominates"
+# What is measured on which model.
+PARTS = {PLAIN: (PLAIN, TEMPORAL, DOMINATES), OUTLIERS: (OUTLIERS,)}
+KNOWN_PARTS = [part for parts in PARTS.values() for part in parts]
 DEMO = {"steps": SAMPLING["steps"], "cfg": SAMPLING["cfg"], "size": SIZE}
 OTHERS = {"steps": 20, "cfg": 7.0, "size": 512}
 
@@ -62,15 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench quality: {error}", file=sys.stderr)
         return 1
     print(table(result))
-    if given.json:
-        atomic.write_bytes(given.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-        print(f"written: {given.json}")
     return 0
 
 
 @torch.inference_mode()  # as in the host
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; a dict that strict JSON can hold."""
+    """The benchmark, or the parts of it that were asked for; a dict that strict JSON can hold."""
     if given.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here: run with --device cpu.")
     tested, calibration = split(read_prompts(given.prompts), given.count)
@@ -82,16 +97,62 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for name, value in (DEMO if is_demo else OTHERS).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
+    about = described(given, tested, calibration)
+    result = merged(given, about)
+    kept = Kept(given.keep, sys.modules[f"{pack.__name__}.tfmq.files"], about)
     model, clip, vae = load(given.checkpoint)
     say(f"encoding {len(tested)} + {len(calibration)} prompts")
     encoded = [encode(clip, text) for text in tested]
     setting = Setting(tested, encoded, encode(clip, ""), given.steps, given.cfg, given.size, vae)
     conditionings = [encode(clip, text) for text in calibration]
-    disjoint = not set(calibration) & set(tested)
-    result: dict[str, Any] = {
+    del clip
+    requests = [render.parse(prompt) for prompt in tested] if is_demo else None
+    names = [name for name in MAKERS if given.only is None or name in given.only]
+    pictures: dict[str, Tensor] = {}
+    asked = given.parts or ([PLAIN, OUTLIERS] if given.only else KNOWN_PARTS)
+    for variant, parts in PARTS.items():
+        wanted = [part for part in parts if part in asked]
+        if not wanted:
+            continue
+        if variant == OUTLIERS:
+            model, _, _ = load(given.checkpoint, text=False)
+            scaled = add_outliers(model.model.diffusion_model)
+            about_variant = result.setdefault("outlier_variant", {})
+            about_variant.update(tensors=len(scaled), scaled_channels=sum(scaled.values()))
+        run = Run(variant, pack, setting, conditionings, requests, kept)
+        found = result if variant == PLAIN else result.setdefault(variant, {})
+        reference = pictures[variant] = run.reference(model, found)
+        source = Source(pack, in_float16(given.checkpoint, model), run.calibrate)
+        for name in names if variant in wanted else []:
+            found[name] = run.entry(name, source, reference)
+            write(given.json, result)
+        if TEMPORAL in wanted:
+            result[TEMPORAL] = run.temporal_ablation(source, reference)
+            write(given.json, result)
+        if DOMINATES in wanted and MIXED in found:
+            result[DOMINATES] = run.dominates(source, reference, found)
+    plain = pictures.get(PLAIN, kept.pictures(PLAIN))
+    if OUTLIERS in pictures and plain is not None:
+        # How exactly the rescaling preserves the function: the variant's float32 pictures against the checkpoint's.
+        exact = finite(metrics.psnr(plain, pictures[OUTLIERS]))
+        result["outlier_variant"]["float32_psnr_db_against_checkpoint"] = exact
+    write(given.json, result)
+    if given.json:
+        say(f"written: {given.json}")
+    return result
+
+
+def described(given: argparse.Namespace, tested: list[str], calibration: list[str]) -> dict[str, Any]:
+    """What the figures of a run depend on beside the code."""
+    return {
         "checkpoint": given.checkpoint.name,
+        "checkpoint_bytes": given.checkpoint.stat().st_size,
         "prompts": len(tested),
-        "calibration_prompts": {"count": len(calibration), "among_the_tested": not disjoint},
+        "prompts_sha256": hashlib.sha256("\n".join([*tested, *calibration]).encode()).hexdigest(),
+        "calibration_prompts": {
+            "count": len(calibration),
+            "among_the_tested": bool(set(calibration) & set(tested)),
+        },
         "sampling": {
             "sampler": "euler",
             "scheduler": "normal",
@@ -105,74 +166,106 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "lpips": metrics.lpips_unavailable_reason() or "measured",
     }
-    requests = [render.parse(prompt) for prompt in tested] if is_demo else None
-    found, plain = entries("checkpoint", pack, model, setting, conditionings, requests)
-    result |= found
-    del model
-    variant, _, _ = load(given.checkpoint, text=False)
-    scaled = add_outliers(variant.model.diffusion_model)
-    result["outliers"], pictures = entries("outliers", pack, variant, setting, conditionings, requests)
-    result["outlier_variant"] = {
-        "tensors": len(scaled),
-        "scaled_channels": sum(scaled.values()),
-        # How exactly the rescaling preserves the function: the variant's float32 pictures against the checkpoint's.
-        "float32_psnr_db_against_checkpoint": finite(metrics.psnr(plain, pictures)),
-    }
-    return result
 
 
-def entries(
-    variant: str,
-    pack: ModuleType,
-    model: Any,
-    setting: Setting,
-    calibration: list[Any],
-    requests: list[render.Request] | None,
-) -> tuple[dict[str, Any], Tensor]:
-    """All five models of one float model: their figures, and the pictures of float32."""
-    from .host_formats import int8_model, stored_bytes
+def merged(given: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
+    """What the file of a run in pieces holds already, or a new result. Raises ValueError if it is of another run."""
+    if given.json is None or not given.json.is_file() or not (given.only or given.parts):
+        return dict(about)
+    earlier = json.loads(given.json.read_text(encoding="utf-8"))
+    changed = [name for name, value in about.items() if name != "machine" and earlier.get(name) != value]
+    if changed:
+        raise ValueError(f"{given.json} holds a run with another {changed[0]}: give another --json file.")
+    return earlier
 
-    say(f"{variant}: float32")
-    started = time.perf_counter()
-    reference = sample(model, setting)
-    found = {"float32": figures(reference, reference, stored_bytes(model), 0.0, requests)}
-    say(f"{variant}: float32 in {time.perf_counter() - started:.0f} s; calibrating on {len(calibration)} prompts")
 
-    started = time.perf_counter()
-    calibrated = calibrate(pack, model, setting, calibration)
-    calibrating = time.perf_counter() - started
-    swap, scheme = sys.modules[f"{pack.__name__}.tfmq.host.swap"], sys.modules[f"{pack.__name__}.tfmq.scheme"]
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    if path:
+        atomic.write_bytes(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
-    def ours(name: str) -> Any:
-        return swap.quantize(model, calibrated, scheme.PRESETS[name], lambda *_: None)
 
-    def hosts(rotated: bool) -> Any:
-        return int8_model(model, linears, rotated)
+@dataclass(frozen=True)
+class Run:
+    """The entries of one float model: of the checkpoint or of its outlier variant."""
 
-    makers: dict[str, tuple[Callable[[], Any], float]] = {
-        "ours_w8a8": (lambda: ours("W8A8"), calibrating),
-        "ours_w8a8_linear": (lambda: ours("W8A8 Linear only"), calibrating),
-        "host_int8": (lambda: hosts(False), 0.0),
-        "host_int8_convrot": (lambda: hosts(True), 0.0),
-    }
-    linears: list[str] = []
-    for name, (make, before) in makers.items():
+    variant: str
+    pack: ModuleType
+    setting: Setting
+    calibration: list[Any]
+    requests: list[render.Request] | None
+    kept: Kept
+
+    def reference(self, model: Any, found: dict[str, Any]) -> Tensor:
+        """The pictures of float32, and its entry in `found`."""
+        from .host_formats import resident_bytes, stored_bytes
+
+        pictures = self.kept.pictures(self.variant)
+        if pictures is None:
+            started = time.perf_counter()
+            pictures = sample(model, self.setting)
+            say(f"{self.variant}: float32 in {time.perf_counter() - started:.0f} s")
+            self.kept.keep_pictures(self.variant, pictures)
+        sizes = {"bytes": stored_bytes(model), "resident_bytes": resident_bytes(model), "seconds": 0.0}
+        found[REFERENCE] = figures(pictures, pictures, self.requests) | sizes
+        return pictures
+
+    def entry(self, name: str, source: Source, reference: Tensor) -> dict[str, Any]:
+        """The figures of a named entry."""
         started = time.perf_counter()
-        quantized = make()
-        seconds = before + time.perf_counter() - started
-        if name.startswith("ours"):
-            kinds = swap.require_quantized(quantized).kinds
-            linears = [path for path, kind in kinds.items() if kind == "linear"]
-        pictures = sample(quantized, setting)
-        found[name] = figures(reference, pictures, stored_bytes(quantized), seconds, requests)
-        say(f"{variant}: {name}: {found[name]['psnr_db']} dB")
-    return found, reference
+        with self._place(name, anew=True):
+            quantized, seconds = make(name, source)
+        entry = self._figures(quantized, reference) | {"seconds": round(seconds, 2)} | source.notes.get(name, {})
+        say(f"{self.variant}: {name}: {entry['psnr_db']} dB ({time.perf_counter() - started:.0f} s)")
+        return entry
+
+    def temporal_ablation(self, source: Source, reference: Tensor) -> dict[str, Any]:
+        """The 4-bit model with its temporal path in float, and quantized in each way; bytes of the whole network."""
+        from .host_formats import stored_bytes
+        from .quality_temporal import BITS, float_bytes, variants
+        from .temporal_error import replaced
+
+        network = source.model.model.diffusion_model
+        with self._place(ABLATED):
+            base, _ = make(ABLATED, source)
+        rest = stored_bytes(base) - float_bytes(network)
+        found = {"float": self._figures(base, reference)}
+        for name, way in variants(network, timesteps(source.model, self.setting.steps)).items():
+            with replaced(network, way.features):
+                pictures = sample(base, self.setting)
+            found[name] = figures(reference, pictures, self.requests) | {"bytes": rest + way.nbytes}
+            say(f"{TEMPORAL}: {name}: {found[name]['psnr_db']} dB")
+        return {"of": ABLATED, "weight_bits": BITS, **found}
+
+    def dominates(self, source: Source, reference: Tensor, entries: dict[str, Any]) -> dict[str, Any]:
+        """Whether a mixed plan of at most the bytes of each other entry is at least as good."""
+
+        def measure(name: str, size: int) -> dict[str, Any] | None:
+            mixed = in_bytes(source, size, "best" if name == BEST else "balanced")
+            found = None if mixed is None else self._figures(mixed, reference)
+            say(f"{DOMINATES}: in the bytes of {name}: {'none' if found is None else found['psnr_db']} dB")
+            return found
+
+        with self._place(ABLATED):
+            return dominated({name: entries[name] for name in MAKERS if name in entries}, measure)
+
+    def _place(self, entry: str, anew: bool = False) -> AbstractContextManager[None]:
+        return calibrations_in(self.kept.place(self.variant, entry, anew))
+
+    def _figures(self, quantized: Any, reference: Tensor) -> dict[str, Any]:
+        from .host_formats import resident_bytes, stored_bytes
+
+        found = figures(reference, sample(quantized, self.setting), self.requests)
+        return found | {"bytes": stored_bytes(quantized), "resident_bytes": resident_bytes(quantized)}
+
+    def calibrate(self, model: Any) -> tuple[Any, float]:
+        """The calibration of a MODEL, and the seconds that it took."""
+        found = self.kept.calibration(self.variant, lambda: calibrate(self.pack, model, self.setting, self.calibration))
+        say(f"{self.variant}: calibrated on {len(self.calibration)} prompts in {found[1]:.0f} s")
+        return found
 
 
-def figures(
-    reference: Tensor, pictures: Tensor, size: int, seconds: float, requests: list[render.Request] | None
-) -> dict[str, Any]:
-    """One entry. psnr_db is None where the pictures are identical."""
+def figures(reference: Tensor, pictures: Tensor, requests: list[render.Request] | None) -> dict[str, Any]:
+    """How near the pictures of an entry are. psnr_db is None where they are identical."""
     compared = metrics.compare(reference, pictures)
     entry: dict[str, Any] = {
         "psnr_db": finite(compared["psnr_db"]),
@@ -183,28 +276,20 @@ def figures(
         entry["lpips"] = round(compared["lpips"], 6)
     if requests is not None:
         entry["adherence"] = round(adherence.mean_score([p.numpy() for p in pictures], requests), 6)
-    return entry | {"bytes": size, "seconds": round(seconds, 2)}
+    return entry
 
 
 def calibrate(pack: ModuleType, model: Any, setting: Setting, conditionings: list[Any]) -> Any:
     """Ours, by the code behind TFMQ Calibrate, with seeds that no tested picture has."""
-    import folder_paths
-
     module = sys.modules[f"{pack.__name__}.tfmq.host.calibrate"]
     run = module.ksampler_run(
         conditionings, setting.negative, empty_latent(setting.size), CALIBRATION_SEED, setting.steps, setting.cfg,
         "euler", "normal",
     )  # fmt: skip
-    known = folder_paths.folder_names_and_paths[module.FOLDER]
-    with tempfile.TemporaryDirectory() as folder:
-        # Not beside the person's own calibrations, and made anew each time so that it can be timed.
-        folder_paths.folder_names_and_paths[module.FOLDER] = ([folder], known[1])
-        try:
-            settings = module.Settings((), {"prompts": len(conditionings)})
-            handle, _ = module.calibrate(model, run, len(conditionings), setting.steps, 25, settings)
-            return handle.load()
-        finally:
-            folder_paths.folder_names_and_paths[module.FOLDER] = known
+    with tempfile.TemporaryDirectory() as folder, calibrations_in(Path(folder)):  # made anew, so that it can be timed
+        settings = module.Settings((), {"prompts": len(conditionings)})
+        handle, _ = module.calibrate(model, run, len(conditionings), setting.steps, 25, settings)
+        return handle.load()
 
 
 def sample(model: Any, setting: Setting) -> Tensor:
@@ -224,6 +309,15 @@ def sample(model: Any, setting: Setting) -> Tensor:
     return torch.cat(pictures)
 
 
+def timesteps(model: Any, steps: int) -> Tensor:
+    """What the network is given in a run of `sample`, ascending."""
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[:-1]
+    return sampling.timestep(sigmas).float().sort().values
+
+
 def batches(conditionings: list[Any]) -> list[list[int]]:
     """Neighbours whose conditionings have the same number of tokens share a call, in the order of the prompts."""
     out: list[list[int]] = []
@@ -236,15 +330,16 @@ def batches(conditionings: list[Any]) -> list[list[int]]:
     return out
 
 
-def load(path: Path, text: bool = True) -> tuple[Any, Any, Any]:
+def load(path: Path, text: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of a checkpoint; without `text` the MODEL alone.
 
-    MODEL and CLIP compute in float32 on every device. Raises ValueError for a checkpoint that is not in SD1.5 format.
+    dtype: of the MODEL's weights; it computes in them where the device can, float16 on CPUs in float32. CLIP computes
+    in float32 on every device. Raises ValueError for a checkpoint that is not in SD1.5 format.
     """
     import comfy.sd
 
     model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(path), output_vae=text, output_clip=text, model_options={"dtype": torch.float32},
+        str(path), output_vae=text, output_clip=text, model_options={"dtype": dtype},
         te_model_options={"dtype": torch.float32},
     )  # fmt: skip
     if text and (clip is None or vae is None):
@@ -253,6 +348,15 @@ def load(path: Path, text: bool = True) -> tuple[Any, Any, Any]:
         kind = type(model.model.model_config).__name__
         raise ValueError(f"{path.name} is a checkpoint of kind {kind}: give one in SD1.5 format.")
     return model, clip, vae
+
+
+def in_float16(path: Path, model: Any) -> Any:
+    """A MODEL of the same checkpoint whose weights are those of `model` rounded to float16."""
+    rounded, _, _ = load(path, text=False, dtype=torch.float16)
+    weights = dict(model.model.diffusion_model.named_parameters())
+    for name, weight in rounded.model.diffusion_model.named_parameters():
+        weight.copy_(weights[name])
+    return rounded
 
 
 def encode(clip: Any, text: str) -> Any:
@@ -296,9 +400,12 @@ def host_version() -> str:
 def table(result: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [f"{result['prompts']} prompts, {result['sampling']['steps']} steps, {result['machine']}"]
-    for title, part in (("checkpoint", result), ("outlier variant", result["outliers"])):
-        lines += ["", f"{title:20}{'PSNR dB':>9}{'worst':>8}{'SSIM':>9}{'adherence':>11}{'MB':>8}{'seconds':>9}"]
+    for title, part in (("checkpoint", result), ("outlier variant", result.get(OUTLIERS, {}))):
+        heads = f"{'PSNR dB':>9}{'worst':>8}{'SSIM':>9}{'adherence':>11}{'MB':>8}{'memory':>8}{'seconds':>9}"
+        lines += ["", f"{title:20}{heads}"]
         for name in ENTRIES:
+            if name not in part:
+                continue
             entry = part[name]
             cells = [entry["psnr_db"], entry["psnr_db_worst"], entry["ssim"], entry.get("adherence")]
             shown = [
@@ -307,10 +414,10 @@ def table(result: dict[str, Any]) -> str:
             ]
             lines.append(
                 f"  {name:18}{shown[0]:>9}{shown[1]:>8}{shown[2]:>9}{shown[3]:>11}{entry['bytes'] / 1e6:>8.1f}"
-                f"{entry['seconds']:>9.1f}"
+                f"{entry['resident_bytes'] / 1e6:>8.1f}{entry['seconds']:>9.1f}"
             )
-    exact = result["outlier_variant"]["float32_psnr_db_against_checkpoint"]
-    lines += ["", f"float32 of the outlier variant against float32 of the checkpoint: {exact or 'identical'} dB"]
+    exact = result.get("outlier_variant", {}).get("float32_psnr_db_against_checkpoint", "not compared")
+    lines += ["", f"float32 of the outlier variant against float32 of the checkpoint, dB: {exact or 'identical'}"]
     return "\n".join(lines)
 
 
@@ -327,8 +434,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=_positive, default=COUNT, help="prompts to test")
     parser.add_argument("--steps", type=_positive, help=f"default: {DEMO['steps']}")
     parser.add_argument("--cfg", type=float, help=f"default: {DEMO['cfg']:g} for the demo, else {OTHERS['cfg']:g}")
+    parser.add_argument("--only", type=_among(MAKERS), metavar="A,B", help=f"entries: {', '.join(MAKERS)}")
+    parser.add_argument("--parts", type=_among(KNOWN_PARTS), metavar="A,B", help=f"parts: {', '.join(KNOWN_PARTS)}")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for runs in pieces")
     parser.add_argument("--size", type=_eights, help=f"pixels; default: {SIZE} for the demo, else {OTHERS['size']}")
     return parser
+
+
+def _among(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        wanted = [name.strip() for name in text.split(",")]
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; there is: {', '.join(known)}")
+        return wanted
+
+    return names
 
 
 def _positive(text: str) -> int:

@@ -24,6 +24,8 @@ DEV_REQUIREMENTS = ROOT / "devkit" / "requirements.txt"
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio"}
 # Pulls torchvision, which pulls another torch of several GB; the host needs the module, not its dependencies.
 WITHOUT_DEPENDENCIES = {"spandrel"}
+# Of the pack's optional dependencies; no platform is turned away for the lack of them. Their own (torch) are there.
+OPTIONAL = ("bitsandbytes==0.50.2",)
 
 
 class SetupError(RuntimeError):
@@ -147,6 +149,8 @@ def install(host: Path) -> None:
         if bare:
             _install(", ".join(bare), ["--no-deps", *bare])
         _install("the developer's tools", ["-r", str(DEV_REQUIREMENTS), *hold])
+        for requirement in OPTIONAL:
+            _install_if_there(requirement)
     _write(stamp, key)
 
 
@@ -161,7 +165,13 @@ def _project(requirement: str) -> str:
 
 
 def _key(wanted: list[str], torch: str) -> str:
-    parts = [torch, *wanted, DEV_REQUIREMENTS.read_text(encoding="utf-8"), ".".join(map(str, sys.version_info[:2]))]
+    parts = [
+        torch,
+        *wanted,
+        *OPTIONAL,
+        DEV_REQUIREMENTS.read_text(encoding="utf-8"),
+        ".".join(map(str, sys.version_info[:2])),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -186,6 +196,13 @@ def _install(what: str, arguments: list[str]) -> None:
             f"Installing {what} failed (pip's reason is above): check the network and pip's settings, then run the same"
             " command again; what is installed already is kept."
         )
+
+
+def _install_if_there(requirement: str) -> None:
+    try:
+        _install(requirement, ["--no-deps", requirement])
+    except SetupError:
+        print(f"going on without {requirement}: the tests that need it are skipped", file=sys.stderr, flush=True)
 
 
 def _pip() -> list[str]:
