@@ -57,7 +57,9 @@ def test(python: str, pytest_arguments: list[str]) -> int:
     print("== pytest", flush=True)
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", flush=True)
-    return run([python, "-m", "pytest", *pytest_arguments]) or int(bool(failed))
+    # All tests share two processes, a file at a time: most of them wait more than they compute.
+    shared = [] if pytest_arguments else ["-n", "2", "--dist", "loadfile"]
+    return run([python, "-m", "pytest", *shared, *pytest_arguments]) or int(bool(failed))
 
 
 def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: list[str], started_in: Path) -> int:

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the ratios there")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     with torch.inference_mode():
         found = measure(device, dtype)
     for name, ratios in found.items():

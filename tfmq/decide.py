@@ -10,7 +10,9 @@ and the input has no heavy tail (largest magnitude over the 99.9th percentile at
 entries carry the layer, and other prompts bring larger ones than the calibration saw). Errors are relative L2, cost =
 time of a dynamic layer over a static one as the backend of this machine declares it.
 
-A per-token layer is rotated (`rotation`) where that lowers its squared error by a fifth or more.
+A Linear is rotated (`rotation`) where that lowers the squared error of its input, quantized as this rule says, or the
+sum of this and the weight's by a fifth or more, and does not raise the sum. In it the weight's counts
+`balance.WEIGHT_SHARE` times.
 
 A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
 a fifth or more (`guidance`). A convolution is always static: its inputs overlap, so that no scale per token exists.
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .balance import WEIGHT_SHARE
 from .calibration import Calibration
 from .errors import TfmqError
 from .grouped import group_for
@@ -33,7 +36,7 @@ from .rotation import group_of
 from .scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
 
 HEAVY_TAIL = 3.0
-ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a dynamic layer is rotated
+ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a layer is rotated
 
 
 def decide(
@@ -87,8 +90,9 @@ def scheme_of(
             note = f"; groups of {group}: {recipe.group} do not divide {statistics.shape[1]} input channels"
     if recipe.activation_bits == 16:
         return Scheme(weight_bits, 16, NONE, group=group), f"weight alone{note}"
-    activation, reason = _activation(recipe, statistics, dynamic_cost)
-    apart = activation == STATIC and recipe.branches_apart and statistics.branches is not None
+    activation, rotated, reason = _activation(recipe, statistics, weight_bits, dynamic_cost)
+    seen = statistics.rotated if rotated and statistics.rotated is not None else statistics
+    apart = activation == STATIC and recipe.branches_apart and seen.branches is not None
     apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
     scheme = Scheme(
         weight_bits,
@@ -96,8 +100,9 @@ def scheme_of(
         activation,
         statistics.balance is not None,
         BRANCHES if apart else 1,
-        rotation_of(statistics) if activation == DYNAMIC else 0,
+        group_of(statistics.shape[1]) if rotated else 0,
         group,
+        permuted=rotated and statistics.permutations is not None,
     )
     return scheme, reason + note
 
@@ -131,10 +136,13 @@ def static_error(statistics: LayerStatistics, method: str, bits: int = 8) -> flo
     return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
 
 
-def dynamic_error(statistics: LayerStatistics) -> float:
-    """Relative L2 error of per-token quantization on the calibration data, over all intervals."""
+def dynamic_error(statistics: LayerStatistics, bits: int = 8) -> float:
+    """Relative L2 error of per-token quantization on the calibration data, over all intervals.
+
+    Observed with 8 bits; rounding errors of fewer bits are taken as proportional to the step.
+    """
     sums = statistics.row_error.sum(0)
-    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt()) * 255 / (2**bits - 1)
 
 
 def tail_ratio(statistics: LayerStatistics) -> float:
@@ -149,24 +157,40 @@ def tail_ratio(statistics: LayerStatistics) -> float:
     return float(reach / centers[order][at].clamp_min(1e-30))
 
 
-def rotation_of(statistics: LayerStatistics) -> int:
-    """Block size of the rotation of a dynamic layer, 0 where it does not lower the squared error enough."""
-    plain, rotated = statistics.row_error.sum(0)[0], statistics.rotated_error
-    if rotated is None or float(rotated.sum(0)[0]) > ROTATION_WORTHWHILE * float(plain):
-        return 0
-    return group_of(statistics.shape[1])
-
-
-def _activation(recipe: Recipe, statistics: LayerStatistics, dynamic_cost: float) -> tuple[str, str]:
+def _activation(
+    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float
+) -> tuple[str, bool, str]:
+    """Static or dynamic, whether rotated, and why."""
     if statistics.kind == "conv2d":
-        return STATIC, "convolution"
+        return STATIC, False, "convolution"
+    choice, error, reason = _kind(recipe, statistics, dynamic_cost)
+    if statistics.rotated is None:
+        return choice, False, reason
+    rotated_choice, rotated_error, _ = _kind(recipe, statistics.rotated, dynamic_cost)
+    weights = 0.0, 0.0
+    if statistics.weight_error is not None:
+        plain, after = statistics.weight_error[:, 0 if weight_bits == 8 else 1].tolist()
+        weights = WEIGHT_SHARE * plain, WEIGHT_SHARE * after
+    ratio = (rotated_error + weights[1]) / max(error + weights[0], 1e-30)
+    if ratio > 1 or min(ratio, rotated_error / max(error, 1e-30)) > ROTATION_WORTHWHILE:
+        return choice, False, reason
+    how = "" if statistics.permutations is None else f" with permutations ({len(statistics.permutations)})"
+    return rotated_choice, True, f"{reason}; {rotated_choice} and rotated{how}: squared error x{ratio:.2f}"
+
+
+def _kind(recipe: Recipe, statistics: LayerStatistics, dynamic_cost: float) -> tuple[str, float, str]:
+    """Static or dynamic for the input that `statistics` are about, its relative squared error at that cost, and why."""
+    counted = bool((statistics.histogram > 0).any())
+    dynamic = dynamic_error(statistics, recipe.activation_bits)
+    static = static_error(statistics, recipe.ranges, recipe.activation_bits) if counted else float("inf")
     if recipe.activations in (STATIC, DYNAMIC):
-        return recipe.activations, "asked for"
-    static, dynamic = static_error(statistics, recipe.ranges, recipe.activation_bits), dynamic_error(statistics)
-    tail = tail_ratio(statistics)
+        error = static if recipe.activations == STATIC else dynamic
+        return recipe.activations, error**2, "asked for"
+    tail = tail_ratio(statistics) if counted else float("inf")
     choice = STATIC if static**2 <= dynamic**2 * dynamic_cost and tail <= HEAVY_TAIL else DYNAMIC
+    error = static**2 if choice == STATIC else dynamic**2 * dynamic_cost
     reason = f"error static {static:.2e}, per token {dynamic:.2e}, cost of per token x{dynamic_cost:.2f}"
-    return choice, f"{reason}, tail {tail:.1f}"
+    return choice, error, f"{reason}, tail {tail:.1f}"
 
 
 def _fill(values: Tensor, visited: Tensor) -> Tensor:

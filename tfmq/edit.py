@@ -13,6 +13,7 @@ from .errors import TfmqError
 from .grouped import group_for
 from .guidance import BRANCHES
 from .observe import LayerStatistics
+from .rotation import group_of
 from .scheme import DYNAMIC, INT, NONE, STATIC, Plan, Scheme
 
 FLOAT = 16
@@ -110,8 +111,10 @@ def _require_possible(path: str, scheme: Scheme, statistics: LayerStatistics) ->
         problem = "a balance, which the calibration did not find worth it"
     elif scheme.branches not in (1, BRANCHES) or (scheme.branches == BRANCHES and statistics.branches is None):
         problem = "ranges for two branches, which the calibration did not find worth it"
-    elif scheme.rotation and (conv or channels % scheme.rotation or scheme.rotation & (scheme.rotation - 1)):
-        problem = f"a rotation in blocks of {scheme.rotation}, which its {channels} input channels do not allow"
+    elif scheme.rotation and (conv or statistics.rotated is None or scheme.rotation != group_of(channels)):
+        problem = f"a rotation in blocks of {scheme.rotation}, which the calibration did not look at"
+    elif scheme.permuted and (not scheme.rotation or statistics.permutations is None):
+        problem = "permutations, which the calibration did not find worth it"
     if problem is not None:
         raise TfmqError(f"The plan gives layer {path} {problem}: change that.")
 

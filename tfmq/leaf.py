@@ -16,8 +16,9 @@ from .grouped import Grid, Packed
 from .guidance import split
 from .kernels.geometry import Geometry, StaticInput
 from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from .packed_codes import PackedCodes, plain
 from .quantizer import dequantize_weight, per_channel
-from .rotation import rotate
+from .rotation import rotate, unrotate
 from .scheme import NONE
 from .solve import LayerState
 from .timeline import Clock
@@ -27,12 +28,14 @@ class LeafCore(nn.Module):
     """Activation table, clock and kernel choice of one quantized layer.
 
     Buffers (not saved under the module's keys): `act_scale` float32 and `act_zero_point` int32 of a static activation,
-    [I], or [2, I] with the branches of CFG apart; `inverse_balance` float32 [K].
+    [I], or [2, I] with the branches of CFG apart; `inverse_balance` float32 [K]; `permutations` integers [1, K] or
+    [2, K] of the rotation.
     """
 
     act_scale: Tensor | None
     act_zero_point: Tensor | None
     inverse_balance: Tensor | None
+    permutations: Tensor | None
 
     def __init__(self, state: LayerState, geometry: Geometry, clock: Clock) -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class LeafCore(nn.Module):
             ("act_scale", state.act_scale),
             ("act_zero_point", state.act_zero_point),
             ("inverse_balance", inverse),
+            ("permutations", state.permutations),
         ):
             self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
@@ -58,18 +62,27 @@ class LeafCore(nn.Module):
             return self._empty(x)
         prepared = self._prepare(x.device, owner, codes, scale)
         run = getattr(prepared[1].module, self.operation)
+        if not self.scheme.rotation:
+            return self._run(x, prepared[2], self.inverse_balance, bias, run)
+        rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
+        # A CPU multiplies bfloat16 several times as fast, and a Hadamard matrix is exact in it; what the result loses
+        # is a tenth of what the 8-bit codes do.
+        narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32
+        rows = rotate(rows.to(narrow), self.scheme.rotation, self.permutations)
+        return self._run(rows, prepared[2], None, bias, run).to(x.dtype)
+
+    def _run(self, x: Tensor, weight: Any, inverse_balance: Tensor | None, bias: Tensor | None, run: Any) -> Tensor:
+        """inverse_balance: what x still has to be multiplied by."""
         if self.act_scale is None:
-            if not self.scheme.rotation:
-                return run(x, prepared[2], self.inverse_balance, bias, self.scheme.activation_bits)
-            rows = x.float() if self.inverse_balance is None else x.float() * self.inverse_balance
-            y = run(rotate(rows, self.scheme.rotation), prepared[2], None, bias, self.scheme.activation_bits)
-            return y.to(x.dtype)
+            return run(x, weight, inverse_balance, bias, self.scheme.activation_bits)
         if self.act_scale.dim() == 1:
-            return self._static(x, prepared[2], self.act_scale, self._zero_points(), bias, run)
+            grid = self._grid_now(x.device, self.act_scale, self._zero_points(), inverse_balance)
+            return run(self._clipped(x, grid), weight, grid, bias)
         pieces = []
         for branch, rows in split(x, self.clock.branches):
             table = self.act_scale[branch], self._zero_points()[branch]
-            pieces.append(self._static(rows, prepared[2], *table, bias, run))
+            grid = self._grid_now(x.device, *table, inverse_balance)
+            pieces.append(run(self._clipped(rows, grid), weight, grid, bias))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _prepare(
@@ -78,9 +91,16 @@ class LeafCore(nn.Module):
         prepared = self._prepared
         if prepared is not None and prepared[0] is owner:
             return prepared
+        if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
+            prepared = self._prepared = (owner, codes.owner, codes.ready)
+            return prepared
         backend = pick(self.operation, device, self.geometry)
         if isinstance(codes, Tensor):
-            prepared = self._prepared = (owner, backend, backend.module.prepare(codes, scale, self.geometry))
+            ready = backend.module.prepare(codes, scale, self.geometry)
+            prepared = self._prepared = (owner, backend, ready)
+            restore = getattr(backend.module, "restore", None)
+            if restore is not None:
+                self._keep_packed(codes, PackedCodes(codes, backend, ready, restore))
         elif hasattr(backend.module, "prepare_packed"):
             prepared = self._prepared = (owner, backend, backend.module.prepare_packed(codes, self.geometry))
         else:
@@ -88,12 +108,14 @@ class LeafCore(nn.Module):
             prepared = (owner, backend, backend.module.prepare(codes.int8(), scale, self.geometry))
         return prepared
 
-    def _static(
-        self, x: Tensor, weight: Any, scale: Tensor, zero_point: Tensor, bias: Tensor | None, run: Any
-    ) -> Tensor:
-        now = self.clock.index(x.device)
-        grid = StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), self.inverse_balance)
-        return run(self._clipped(x, grid), weight, grid, bias)
+    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
+        """Let go of `codes`, which `packed` can give back. Left undone by a leaf whose weight is not its own."""
+
+    def _grid_now(
+        self, device: torch.device, scale: Tensor, zero_point: Tensor, inverse_balance: Tensor | None
+    ) -> StaticInput:
+        now = self.clock.index(device)
+        return StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), inverse_balance)
 
     def _clipped(self, x: Tensor, grid: StaticInput) -> Tensor:
         """The kernels clip to 8-bit codes; a narrower grid is kept by clipping its input."""
@@ -137,6 +159,14 @@ class _PlainLeaf(LeafCore):
             return self._float(x, self.dequantize().to(x.dtype))
         return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.codes, self._prepared = plain(self.codes), None  # they are about to be written to
+        super()._load_from_state_dict(*args)
+
+    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
+        self.codes = packed
+        self._prepared = (packed, packed.owner, packed.ready)
+
     def dequantize(self) -> Tensor:
         """The float weight that the codes stand for, float32 [N, K, ...]."""
         packed = self._packed()
@@ -144,8 +174,7 @@ class _PlainLeaf(LeafCore):
             weight = dequantize_weight(self.codes, self.weight_scale)
         else:
             weight = packed.dequantize()
-        if self.scheme.rotation:
-            weight = rotate(weight, self.scheme.rotation)
+        weight = unrotate(weight, self.scheme.rotation, self.permutations)
         inverse = self.inverse_balance
         return weight if inverse is None else weight * per_channel(inverse, weight.dim(), 1)
 

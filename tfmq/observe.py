@@ -1,14 +1,16 @@
 """Observers: what a calibration run learns about the input of every layer, per interval, in constant memory.
 
 A run has two stages. In the first every layer learns the range of each input channel; from these and from its weight
-follows the balance vector. In the second it learns the distribution of the balanced input and the error that
-per-token quantization would make on it.
+follows the balance vector, and from a sample of its input whether and how it could be rotated. In the second it learns
+the distribution of the balanced input and the error that per-token quantization would make on it, without and with that
+rotation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from types import TracebackType
 
 import torch
@@ -18,12 +20,15 @@ from .balance import choose_balance
 from .errors import TfmqError
 from .guidance import BRANCHES, WORTHWHILE, gain, split
 from .quantizer import quantize_rows
-from .rotation import group_of, rotate
+from .rotation import choose_rotation, group_of, rotate
+from .scheme import Scheme
 from .timeline import Clock
 
 BINS = 1024
 MARGIN = 0.25  # by how much a histogram reaches beyond the range of the first stage
 SAMPLE = 1 << 16  # entries of one input that enter the histogram; the ranges see all of them
+KEPT = 64  # rows of the first stage's inputs that a rotation is chosen by
+OFFERED = 4  # rows of one input that may be among them
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,11 @@ class LayerStatistics:
     greatest balanced input. balance [K] or None. histogram [I, B] of the balanced input over equal bins of
     [bin_low, bin_high]. row_error [I, 2]: squared error of per-token quantization, and energy (zeros for conv2d).
     vector: every input had one row per image (no tokens, no pixels). branches [2, I, B]: the histogram of the
-    conditional and of the unconditional rows, only where a grid for each lowers the error. rotated_error: as row_error
-    after a Hadamard rotation (`rotation`), or None where the channels do not divide into blocks.
-    Intervals that no call visited have zero counts.
+    conditional and of the unconditional rows, only where a grid for each lowers the error. rotated: the same about the
+    rotated input (`rotation`), or None where the channels do not divide into blocks; permutations [1, K] or [2, K]:
+    of that rotation, or None. weight_error [2, 2]: squared error of the weight, plain and rotated, in 8 and in 4 bits,
+    on the scale on which the error of an input is relative (`rotation_choice`).
+    mean_square [K]: of the balanced input's channels. Intervals that no call visited have zero counts.
     """
 
     kind: str
@@ -51,11 +58,18 @@ class LayerStatistics:
     row_error: Tensor
     vector: bool = False
     branches: Tensor | None = None
-    rotated_error: Tensor | None = None
+    mean_square: Tensor | None = None
+    rotated: LayerStatistics | None = None
+    permutations: Tensor | None = None
+    weight_error: Tensor | None = None
+
+    def under(self, scheme: Scheme) -> LayerStatistics:
+        """The statistics of the input that is quantized: of the rotated one where the scheme says so."""
+        return self.rotated if scheme.rotation and self.rotated is not None else self
 
 
 class LayerObserver:
-    """Statistics of one Linear or Conv2d; constant memory of I * (2 K + B) numbers."""
+    """Statistics of one Linear or Conv2d; constant memory of I * (2 K + 4 B) numbers, KEPT * K while it begins."""
 
     def __init__(self, module: nn.Module, intervals: int) -> None:
         weight = module.weight
@@ -77,8 +91,12 @@ class LayerObserver:
         self.bin_low = torch.zeros(intervals)
         self.bin_high = torch.zeros(intervals)
         self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
-        self.rotation = group_of(channels) if self.kind == "linear" else 0
-        self.rotated_error = torch.zeros(intervals, 2, dtype=torch.float64)
+        self.group = group_of(channels) if self.kind == "linear" else 0
+        # All kinds of rotation are judged by the same rows, so half the bits will do.
+        self.kept = torch.zeros(KEPT if self.group else 0, channels, dtype=torch.bfloat16)
+        self.offered = 0
+        self.random = Random(0)
+        self.rotated: _Rotated | None = None
 
     def observe(self, x: Tensor, interval: int, branches: tuple[int, ...] = (0,)) -> None:
         """x: the layer's input, [..., K] or [B, K, H, W]; branches: as in `Clock.set`."""
@@ -102,32 +120,38 @@ class LayerObserver:
         if self.histogram is None:
             self.square += rows.square().sum(0).double().cpu()
             self.rows += rows.shape[0]
+            if self.group:
+                self._keep(rows)
             return
         if self.balance is not None:
             rows = rows / self.balance.to(rows.device)
-        self._count(rows, interval, branch)
+        low, high = self.bin_low[interval], self.bin_high[interval]
+        self.histogram[branch, interval] += _counts(rows, float(low), float(high))
         if self.kind == "linear":
             self.row_error[interval] += _row_error(rows)
-            if self.rotation:
-                self.rotated_error[interval] += _row_error(rotate(rows, self.rotation))
+            if self.rotated is not None:
+                self.rotated.observe(rows, interval, branch)
 
     def _sample(self, rows: Tensor) -> Tensor:
         step = -(-rows.numel() // SAMPLE)
         # A start that moves from call to call, so that no fixed set of pixels is all that is ever seen.
         return rows[self.calls * 7919 % step :: step].float() if step > 1 else rows.float()
 
-    def _count(self, rows: Tensor, interval: int, branch: int) -> None:
-        assert self.histogram is not None
-        low, high = float(self.bin_low[interval]), float(self.bin_high[interval])
-        place = ((rows - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.int32)
-        self.histogram[branch, interval] += torch.bincount(place.flatten(), minlength=BINS).cpu()
+    def _keep(self, rows: Tensor) -> None:
+        """Reservoir sampling over all calls (Vitter, 1985, algorithm R)."""
+        for row in rows[:: -(-rows.shape[0] // OFFERED)].bfloat16().cpu():
+            self.offered += 1
+            place = self.offered - 1 if self.offered <= KEPT else self.random.randrange(self.offered)
+            if place < KEPT:
+                self.kept[place] = row
 
     def end_first_stage(self, weight: Tensor) -> None:
         """Choose the balance and lay out the histograms. weight: the layer's float weight, on any device."""
         if self.calls == 0:
             return
         mean_square = self.square / max(self.rows, 1)
-        self.balance = choose_balance(self.low, self.high, mean_square, weight.cpu()) if weight.dim() > 1 else None
+        weight = weight.detach().cpu()
+        self.balance = choose_balance(self.low, self.high, mean_square, weight) if weight.dim() > 1 else None
         low, high = self._balanced_range()
         seen = torch.isfinite(low)
         # Intervals that this stage did not visit get the widest range of those that it did.
@@ -136,6 +160,13 @@ class LayerObserver:
         slack = (high - low).clamp_min(1e-6) * MARGIN
         self.bin_low, self.bin_high = low - slack, high + slack
         self.histogram = torch.zeros(BRANCHES, self.low.shape[0], BINS, dtype=torch.int64)
+        if self.offered:
+            balance = self.balance if self.balance is not None else torch.ones(self.low.shape[1])
+            reach = torch.maximum(-self.low, self.high).amax(0) / balance
+            rows = self.kept[: self.offered].float() / balance
+            chosen = choose_rotation(rows, reach, weight * balance, self.group)
+            self.rotated = _Rotated(self.low.shape[0], self.group, *chosen)
+        self.kept = self.kept[:0].clone()
 
     def _balanced_range(self) -> tuple[Tensor, Tensor]:
         balance = self.balance if self.balance is not None else torch.ones(self.low.shape[1])
@@ -146,13 +177,71 @@ class LayerObserver:
         if self.histogram is None or int(self.histogram.sum()) == 0:
             return None
         low, high = self._balanced_range()
-        rotated = self.rotated_error if self.rotation else None
-        apart = gain(self.histogram, self.bin_low, self.bin_high) <= WORTHWHILE
-        branches = self.histogram if apart else None
-        return LayerStatistics(
+        mean_square = (self.square / max(self.rows, 1)).float()
+        if self.balance is not None:
+            mean_square = mean_square / self.balance.square()
+        plain = LayerStatistics(
             self.kind, self.shape, self.order, low, high, self.balance,
-            self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector, branches, rotated,
+            self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector,
+            _apart(self.histogram, self.bin_low, self.bin_high), mean_square,
         )  # fmt: skip
+        return plain if self.rotated is None else self.rotated.statistics(plain)
+
+
+class _Rotated:
+    """The second stage's look at the rotated input.
+
+    permutations, weight_error: see `rotation.choose_rotation`. Nothing is known of the range beforehand: the bins reach
+    from -reach to reach, and where an entry lies beyond, two by two are merged.
+    """
+
+    def __init__(self, intervals: int, group: int, permutations: Tensor | None, weight_error: Tensor) -> None:
+        self.group = group
+        self.permutations = permutations
+        self.weight_error = weight_error
+        self.low = torch.full((intervals,), float("inf"))
+        self.high = torch.full((intervals,), float("-inf"))
+        self.reach = torch.zeros(intervals)
+        self.histogram = torch.zeros(BRANCHES, intervals, BINS, dtype=torch.int64)
+        self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
+
+    def observe(self, rows: Tensor, interval: int, branch: int) -> None:
+        """rows: the balanced input, float [M, K]."""
+        rows = rotate(rows, self.group, self.permutations)
+        self.row_error[interval] += _row_error(rows)
+        low, high = torch.stack(torch.aminmax(rows)).cpu()
+        self.low[interval] = torch.minimum(self.low[interval], low)
+        self.high[interval] = torch.maximum(self.high[interval], high)
+        wanted, reach = max(float(-low), float(high), 1e-6), float(self.reach[interval])
+        if reach == 0:
+            reach = wanted * (1 + MARGIN)
+        while reach < wanted:
+            reach *= 2
+            pairs = self.histogram[:, interval].view(BRANCHES, -1, 2).sum(2)
+            self.histogram[:, interval] = 0
+            self.histogram[:, interval, BINS // 4 : 3 * BINS // 4] = pairs
+        self.reach[interval] = reach
+        self.histogram[branch, interval] += _counts(rows, -reach, reach)
+
+    def statistics(self, plain: LayerStatistics) -> LayerStatistics:
+        """`plain`, the statistics of the same layer's balanced input, with what was learnt here."""
+        reach = self.reach.clamp_min(1e-6)
+        rotated = replace(
+            plain, low=self.low, high=self.high, histogram=self.histogram.sum(0), bin_low=-reach, bin_high=reach,
+            row_error=self.row_error, branches=_apart(self.histogram, -reach, reach), mean_square=None,
+        )  # fmt: skip
+        return replace(plain, rotated=rotated, permutations=self.permutations, weight_error=self.weight_error)
+
+
+def _counts(rows: Tensor, low: float, high: float) -> Tensor:
+    """Histogram of all entries over the bins of [low, high], on the CPU."""
+    place = ((rows - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.int32)
+    return torch.bincount(place.flatten(), minlength=BINS).cpu()
+
+
+def _apart(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor | None:
+    """The histograms per branch [2, I, B] where a grid for each lowers the error enough."""
+    return histogram if gain(histogram, low, high) <= WORTHWHILE else None
 
 
 def _row_error(rows: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ class LayerState:
 
     shape: of the weight. codes: int8 of that shape at 8 bits, packed uint8 [N, K' / 2] (`grouped`) at 4; scale float32
     [N]; factor, zero: uint8 [N, K' / group] at 4 bits, else None; balance float32 [K] or None; act_scale float32 and
-    act_zero_point int32 of a static activation, [I], or [2, I] with the branches apart; else None. weight = codes *
-    scale, rotated back by `scheme.rotation`, / balance.
+    act_zero_point int32 of a static activation, [I], or [2, I] with the branches apart; else None. permutations:
+    integers [1, K] or [2, K] of the rotation, or None. weight = codes * scale, rotated back by `scheme.rotation` and
+    `permutations`, / balance.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class LayerState:
     act_zero_point: Tensor | None
     factor: Tensor | None = None
     zero: Tensor | None = None
+    permutations: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,15 +83,22 @@ def solve_layer(
     balanced = as_multiplied(scheme, statistics, weight)
     act_scale = act_zero_point = None
     if scheme.activation == STATIC:
-        act_scale, act_zero_point = grid or static_grid(statistics, ranges, scheme.activation_bits, scheme.branches)
+        act_scale, act_zero_point = grid or static_grid(
+            statistics.under(scheme), ranges, scheme.activation_bits, scheme.branches
+        )
         if rounded is not None and rounded.act_scale is not None and rounded.act_zero_point is not None:
             act_scale, act_zero_point = rounded.act_scale, rounded.act_zero_point
         act_scale, act_zero_point = act_scale.to(device), act_zero_point.to(device)
+    permutations = (
+        statistics.permutations.to(device) if scheme.permuted and statistics.permutations is not None else None
+    )
     shape = tuple(weight.shape)
     if scheme.weight_bits == 8:
         scale = channel_scale(balanced)
         codes = quantize_weight(balanced, scale)
-        return LayerState(statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point)
+        return LayerState(
+            statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point, permutations=permutations
+        )
     if rounded is None:
         columns = to_columns(balanced)
         found = search_grid(columns, scheme.group)
@@ -97,7 +106,7 @@ def solve_layer(
     at = rounded.grid
     return LayerState(
         statistics.kind, scheme, shape, pack(rounded.codes).to(device), at.scale.to(device), balance,
-        act_scale, act_zero_point, at.factor.to(device), at.zero.to(device),
+        act_scale, act_zero_point, at.factor.to(device), at.zero.to(device), permutations,
     )  # fmt: skip
 
 
@@ -106,4 +115,5 @@ def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -
     out = weight.float()
     if scheme.balanced and statistics.balance is not None:
         out = out * per_channel(statistics.balance.to(weight.device), weight.dim(), 1)
-    return rotate(out, scheme.rotation) if scheme.rotation else out
+    permutations = statistics.permutations if scheme.permuted else None
+    return rotate(out, scheme.rotation, permutations)

@@ -119,11 +119,11 @@ def test_what_is_asked_for_is_done(activations: str) -> None:
 
 
 def test_bits_and_balance_enter_the_scheme() -> None:
-    layers = {"plain": statistics(channels=96), "balanced": statistics(balance=torch.ones(3)), "odd": statistics()}
+    layers = {"plain": statistics(channels=48), "balanced": statistics(balance=torch.ones(3)), "odd": statistics()}
     recipe = Recipe("r", 4, 6, activations=STATIC)
     plan = decide(recipe, calibration(layers), dict.fromkeys(layers, "linear"), {})
-    assert plan.layers["plain"] == Scheme(4, 6, STATIC, balanced=False, group=32)
-    assert "groups of 32" in plan.reasons["plain"]
+    assert plan.layers["plain"] == Scheme(4, 6, STATIC, balanced=False, group=16)
+    assert "groups of 16" in plan.reasons["plain"]
     assert plan.layers["balanced"] == Scheme(8, 6, STATIC, balanced=True)
     assert "3 input channels do not divide" in plan.reasons["odd"]
 
@@ -132,7 +132,7 @@ def test_sixteen_bit_activations_leave_the_weight_alone() -> None:
     layers = {"conv": statistics("conv2d", channels=64), "linear": statistics(channels=64, balance=torch.ones(64))}
     kinds = {"conv": "conv2d", "linear": "linear"}
     plan = decide(Recipe("r", 4, 16), calibration(layers), kinds, {})
-    assert set(plan.layers.values()) == {Scheme(4, 16, NONE, group=64)}
+    assert set(plan.layers.values()) == {Scheme(4, 16, NONE, group=32)}
 
 
 # --- what stays in float ----------------------------------------------------------------------------------------------

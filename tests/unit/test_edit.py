@@ -80,6 +80,7 @@ def test_single_fields(plan: Plan, calibration: Calibration) -> None:
         ({"a": {"balanced": True}}, "balance"),
         ({"a": {"branches": 2}}, "two branches"),
         ({"a": {"rotation": 48}}, "blocks of 48"),
+        ({"a": {"permuted": True}}, "permutations"),
         ({path: 16 for path in ("a", "conv", "odd")}, "every layer in float"),
     ],
     ids=str,

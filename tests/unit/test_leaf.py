@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tfmq.leaf
 from tfmq.kernels import reference
 from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend
+from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from tfmq.leaf import QuantConv2d, QuantLinear
+from tfmq.packed_codes import PackedCodes
 from tfmq.quantizer import affine_grid, channel_scale, per_channel, quantize_weight
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.solve import LayerState
@@ -259,3 +260,20 @@ def test_the_weight_is_prepared_once_per_owner(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_state_dict_holds_weight_and_bias_alone() -> None:
     assert set(make(LINEAR_STATIC).leaf.state_dict()) == {"codes", "weight_scale", "bias"}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_leaf_keeps_its_codes_once(operation: str) -> None:
+    made = make(operation)
+    codes = made.leaf.codes.clone()
+    before = made.leaf(made.x)
+    if pick(operation, CPU, made.leaf.geometry).name == "onednn":
+        assert isinstance(made.leaf.codes, PackedCodes)
+    assert torch.equal(made.leaf.codes, codes) and torch.equal(made.leaf(made.x), before)
+    state = made.leaf.state_dict()
+    assert torch.equal(state["codes"], codes)
+    state["codes"] = -codes
+    made.leaf.load_state_dict(state)
+    assert torch.equal(made.leaf.codes, -codes)
+    bias = made.leaf.bias.reshape(-1, 1, 1) if operation == CONV2D_STATIC else made.leaf.bias
+    torch.testing.assert_close(made.leaf(made.x) - bias, -(before - bias), rtol=1e-4, atol=1e-4)

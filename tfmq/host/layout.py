@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from torch import Tensor
 
 from ..grouped import Grid, Packed, nearest, pack, to_columns
+from ..packed_codes import plain
 from ..quantizer import channel_scale, dequantize_weight, per_channel, quantize_weight
-from ..rotation import rotate
+from ..rotation import rotate, unrotate
 from ..scheme import INT
 from ..solve import LayerState
 from . import nf4
@@ -26,13 +27,15 @@ class Int8Layout(QuantizedLayout):
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
         """scale: float32 [N]. balance: float32 [K], or [1] holding 1 where the layer is not balanced. rotation: block
-        size of the rotation that is folded into the codes, or 0."""
+        size of the rotation that is folded into the codes, or 0. permutations: integers [1, K] or [2, K] of the
+        rotation, or [1] holding 0 where it has none."""
 
         balance: Tensor
+        permutations: Tensor
         rotation: int = 0
 
         def _tensor_fields(self) -> list[str]:
-            return ["scale", "balance"]
+            return ["scale", "balance", "permutations"]
 
     @classmethod
     def quantize(cls, tensor: Tensor, **options: Any) -> tuple[Tensor, Any]:
@@ -41,33 +44,28 @@ class Int8Layout(QuantizedLayout):
         like: QuantizedTensor | None = options.get("like")
         if like is None:
             balance = torch.ones(1, dtype=torch.float32, device=tensor.device)
-            scale = channel_scale(tensor)
-        else:
-            balance, scale = like._params.balance.to(tensor.device), like._params.scale.to(tensor.device)
-        rotation = 0 if like is None else like._params.rotation
-        balanced = tensor.float() * per_channel(balance, tensor.dim(), 1)
-        if rotation:
-            balanced = rotate(balanced, rotation)
-        dtype = tensor.dtype if like is None else like._params.orig_dtype
-        params = cls.Params(
-            scale=scale, orig_dtype=dtype, orig_shape=tuple(tensor.shape), balance=balance, rotation=rotation
-        )
-        return quantize_weight(balanced, scale), params
+            params = cls.Params(
+                scale=channel_scale(tensor), orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), balance=balance,
+                permutations=_no_permutations(tensor.device),
+            )  # fmt: skip
+            return quantize_weight(tensor, params.scale), params
+        p = like._params
+        balance, scale, permutations = (t.to(tensor.device) for t in (p.balance, p.scale, p.permutations))
+        params = replace(p, scale=scale, balance=balance, permutations=permutations)
+        return quantize_weight(_as_multiplied(tensor, params), scale), params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-        weight = dequantize_weight(qdata, params.scale)
-        if params.rotation:
-            weight = rotate(weight, params.rotation)
-        return weight.div_(per_channel(params.balance, weight.dim(), 1)).to(params.orig_dtype)
+        return _as_float(dequantize_weight(qdata, params.scale), params)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
-        return qtensor._qdata, qtensor._params.scale, qtensor._params.balance
+        p = qtensor._params
+        return plain(qtensor._qdata), p.scale, p.balance, p.permutations
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-        return {"": qdata, "_scale": params.scale, "_balance": params.balance}
+        return {"": plain(qdata)} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -79,15 +77,17 @@ class Int4Layout(QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        """scale: float32 [N]. factor, zero: uint8 [N, K' / group]. balance, rotation: as in `Int8Layout`."""
+        """scale: float32 [N]. factor, zero: uint8 [N, K' / group]. balance, rotation, permutations: as in
+        `Int8Layout`."""
 
         factor: Tensor
         zero: Tensor
         balance: Tensor
+        permutations: Tensor
         rotation: int = 0
 
         def _tensor_fields(self) -> list[str]:
-            return ["scale", "factor", "zero", "balance"]
+            return ["scale", "factor", "zero", "balance", "permutations"]
 
     @classmethod
     def quantize(cls, tensor: Tensor, **options: Any) -> tuple[Tensor, Any]:
@@ -97,24 +97,19 @@ class Int4Layout(QuantizedLayout):
         if like is None:
             raise ValueError("a 4-bit weight is made by TFMQ Quantize, not by a cast")
         p = like._params
-        balanced = tensor.float() * per_channel(p.balance.to(tensor.device), tensor.dim(), 1)
-        if p.rotation:
-            balanced = rotate(balanced, p.rotation)
+        balanced = _as_multiplied(tensor, p)
         scale, factor, zero = (t.to(tensor.device) for t in (p.scale, p.factor, p.zero))
         grid = Grid(scale, factor, zero, like._qdata.shape[1] * 2 // factor.shape[1])
         return pack(nearest(to_columns(balanced), grid)), p
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-        weight = packed(qdata, params).dequantize()
-        if params.rotation:
-            weight = rotate(weight, params.rotation)
-        return (weight / per_channel(params.balance, weight.dim(), 1)).to(params.orig_dtype)
+        return _as_float(packed(qdata, params).dequantize(), params)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
         p = qtensor._params
-        return qtensor._qdata, p.scale, p.factor, p.zero, p.balance
+        return qtensor._qdata, p.scale, p.factor, p.zero, p.balance, p.permutations
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
@@ -135,19 +130,42 @@ def packed(qdata: Tensor, params: Any) -> Packed:
     return Packed(qdata, Grid(params.scale, params.factor, params.zero, group), tuple(params.orig_shape))
 
 
+def permutations_of(params: Any) -> Tensor | None:
+    """Integers [1, K] or [2, K] of the rotation, or None."""
+    return params.permutations if params.permutations.dim() == 2 else None
+
+
+def _no_permutations(device: Any) -> Tensor:
+    return torch.zeros(1, dtype=torch.int16, device=device)
+
+
+def _as_multiplied(weight: Tensor, params: Any) -> Tensor:
+    """Float weight -> float32, as it meets the balanced and rotated input."""
+    balanced = weight.float() * per_channel(params.balance.to(weight.device), weight.dim(), 1)
+    return rotate(balanced, params.rotation, permutations_of(params))
+
+
+def _as_float(weight: Tensor, params: Any) -> Tensor:
+    """The inverse of `_as_multiplied`, in the type that the weight stands for."""
+    weight = unrotate(weight, params.rotation, permutations_of(params))
+    return (weight / per_channel(params.balance, weight.dim(), 1)).to(params.orig_dtype)
+
+
 def quantized_tensor(state: LayerState, dtype: torch.dtype) -> QuantizedTensor:
     """The weight of a solved layer; dtype: what it stands for (that of the float model)."""
     if state.scheme.weight_format != INT:
         return nf4.quantized_tensor(state, dtype)
     balance = torch.ones(1, device=state.codes.device) if state.balance is None else state.balance
+    permutations = _no_permutations(state.codes.device) if state.permutations is None else state.permutations
     rotation = state.scheme.rotation
     if state.factor is None or state.zero is None:
         params = Int8Layout.Params(
-            scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation
-        )
+            scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
+            permutations=permutations,
+        )  # fmt: skip
         return QuantizedTensor(state.codes, NAME, params)
     four = Int4Layout.Params(
         scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
-        factor=state.factor, zero=state.zero,
+        factor=state.factor, zero=state.zero, permutations=permutations,
     )  # fmt: skip
     return QuantizedTensor(state.codes, NAME_4, four)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..kernels.geometry import Geometry
 from ..leaf import LeafCore
+from ..packed_codes import PackedCodes
 from ..scheme import INT, NONE
 from ..solve import LayerState
 from ..timeline import Clock
@@ -102,6 +103,11 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
             return self.float_forward(x, weight.dequantize().to(x.dtype), bias)
         codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else weight._qdata
         return self.compute(x, self.weight, codes, weight._params.scale, bias)
+
+    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
+        own = self.weight
+        if isinstance(own, QuantizedTensor) and own._qdata is codes:  # else it was streamed in for this call alone
+            own._qdata = packed
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

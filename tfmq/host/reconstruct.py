@@ -68,8 +68,13 @@ def run(
     device = patcher.load_device
     layers = layers_of(patcher, calibration, plan)
 
+    # Once the model is loaded, its own weights hold the patches already.
+    patched = {
+        path: float_weight(patcher, key) for path in layers if (key := f"{PREFIX}{path}.weight") in patcher.patches
+    }
+
     def weight(path: str) -> Tensor:
-        found = float_weight(patcher, f"{PREFIX}{path}.weight")
+        found = patched[path] if path in patched else float_weight(patcher, f"{PREFIX}{path}.weight")
         if not bool(torch.isfinite(found).all()):
             raise TfmqError(
                 f"Layer {path} cannot be quantized: the weight holds NaN or infinite values; load an intact copy of "
@@ -171,7 +176,7 @@ def _folder(calibration: Calibration, plan: Plan, preset: str, dtype: torch.dtyp
     for row in calibration.samples.rows:
         update_digest(digest, (row.x, row.sigma, row.run))
     for statistics in calibration.layers.values():
-        update_digest(digest, (statistics.low, statistics.high, statistics.balance))
+        update_digest(digest, (statistics.low, statistics.high, statistics.balance, statistics.permutations))
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / "rounding" / digest.hexdigest()[:24]
 
 

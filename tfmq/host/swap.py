@@ -25,7 +25,7 @@ from ..solve import LayerState, Rounded, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import bits, lora, nf4, temporal_quant
+from . import attention, bits, lora, nf4, precision, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -55,7 +55,8 @@ class Quantized:
     model. `bytes_before`, `bytes_after`: of the network's parameters. `baked`: how many patches of each remaining key
     were there when it was quantized; later ones are somebody's LoRA and not part of the model. `backends`: operation
     -> backend -> number of layers, on the machine at hand. `temporal_clock`: of the temporal leaves, where there are
-    any; `deaf`: parameters of the network that a later LoRA cannot change, or not fully.
+    any; `deaf`: parameters of the network that a later LoRA cannot change, or not fully. `advice`: how it
+    would be faster here, in a sentence.
     """
 
     plan: Plan
@@ -70,6 +71,7 @@ class Quantized:
     passed_over: dict[str, str] = field(default_factory=dict)
     temporal_clock: Clock | None = None
     deaf: tuple[str, ...] = ()
+    advice: str = ""
 
 
 def quantize(
@@ -193,6 +195,7 @@ def _put_temporal(
 
 def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place. size: its true bytes."""
+    quantized = replace(quantized, advice=precision.advice(patcher))
     patcher.set_attachments(ATTACHMENT, quantized)
     clocks = [clock for clock in (quantized.clock, quantized.temporal_clock) if clock is not None]
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(*clocks))
@@ -204,6 +207,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER, lora.unhook)
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
+    attention.attach(patcher)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
 

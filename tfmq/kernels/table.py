@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from . import int_mm, onednn, reference
+from . import float_conv, int_mm, onednn, reference, triton_backend
 from .geometry import Geometry
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
@@ -35,6 +35,10 @@ def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | N
     return onednn.unsafe(geometry) or onednn.missing()
 
 
+def _triton(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    return triton_backend.missing(device) or triton_backend.unsafe(geometry)
+
+
 def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
     if geometry.groups != 1:
         return "no grouped convolution"
@@ -44,7 +48,15 @@ def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | N
         return f"no integer matrix product on {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
         return "the GPU has no int8 tensor cores"
+    if geometry.is_conv and (geometry.shape[2:] != (1, 1) or any(geometry.padding)):
+        return "only 1 x 1 convolutions on a GPU: others would have to gather their patches"
     return None
+
+
+def _float_conv(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    if operation != CONV2D_STATIC:
+        return "only convolutions"
+    return None if device.type == "cuda" else "only on GPUs"
 
 
 def _reference(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -54,7 +66,10 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
 # Measured dynamic costs: bench/dynamic_cost.py.
 BACKENDS = (
     Backend("onednn", onednn, _onednn, 1.5),
-    Backend("int_mm", int_mm, _int_mm, 1.4),
+    # Not measured: a row is read once more, out of the cache.
+    Backend("triton", triton_backend, _triton, 1.1),
+    Backend("int_mm", int_mm, _int_mm, 1.2),
+    Backend("float_conv", float_conv, _float_conv, 1.0),
     Backend("reference", reference, _reference, 1.0),
 )
 

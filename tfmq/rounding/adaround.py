@@ -4,8 +4,11 @@
     w = step * (clamp(floor(place) + h(alpha), 0, 15) - zero),   h(alpha) = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)
 
 is fitted to the outputs of the float unit: squared error, summed over channels, mean over all else, plus
-0.01 sum(1 - |2 h - 1|^beta) with beta from 20 to 2 after a warm-up of a fifth. Inputs come from the quantized part of
-the network before the unit, activations inside are rounded, so that the rounding of the weights makes up for both.
+r sum(1 - |2 h - 1|^beta) with beta from 20 to 2 after a warm-up of a fifth. The paper's r is 0.01; here it is a
+multiple of the start's loss over the number of weights, because losses differ by orders of magnitude between units.
+Inputs come from the quantized part of the network before the unit, and activations inside are rounded, so that the
+rounding of the weights makes up for both. It starts at the codes of error feedback.
+
 The gradient of h and of the regulariser is written out: alpha has an entry per weight, and what autograd would keep of
 it costs more than the unit itself.
 """
@@ -21,9 +24,10 @@ from torch import Tensor
 
 from .. import grouped
 from . import tree
-from .layer import Layer, Rows
+from .layer import Layer, Rows, grid_to
 
 WARM_UP, BETA = 0.2, (20.0, 2.0)
+START = 0.9  # h of an entry that error feedback rounded up; 1 - START of one that it rounded down
 Call = Callable[[Any, Any, Rows, torch.dtype], list[Tensor]]
 
 
@@ -50,14 +54,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Settings:
-    """iterations of AdaRound and of the ranges' tuning after it, rows per step, learning rate of alpha, weight of the
-    regulariser."""
+    """iterations of AdaRound and of the scales' tuning after it, rows per step, learning rate of alpha, and what the
+    regulariser can amount to, as a multiple of the loss at the start."""
 
     iterations: int
-    range_iterations: int
+    scale_iterations: int
     batch: int
     rate: float
-    regularizer: float = 0.01
+    regularizer: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -137,18 +141,20 @@ def measure(call: Call, groups: Sequence[Group], device: torch.device, batch: in
 
 
 def adaround(
-    call: Call, layers: dict[str, Layer], start: dict[str, Starting], groups: Sequence[Group], settings: Settings,
-    device: torch.device, dtype: torch.dtype, seed: int, tell: Callable[[], None],
+    call: Call, layers: dict[str, Layer], start: dict[str, Starting], loss_there: float, groups: Sequence[Group],
+    settings: Settings, device: torch.device, dtype: torch.dtype, seed: int, tell: Callable[[], None],
 ) -> dict[str, Tensor]:  # fmt: skip
     """Path -> codes uint8 [N, K'] after hard rounding. layers: with their grids set. tell: called after every step.
 
-    call: runs the unit on (args, kwargs, rows, dtype of the products). The layers are left without a trained weight.
+    loss_there: of the start. call: runs the unit on (args, kwargs, rows, dtype of the products). The layers are left
+    without a trained weight.
     """
     soft = {path: _Soft(layers[path], start[path], device) for path in start}
     optimizer = torch.optim.Adam(
         [part.alpha for part in soft.values()], lr=settings.rate, fused=device.type in ("cpu", "cuda")
     )
     draw = Draw(groups, seed)
+    regularizer = settings.regularizer * loss_there / sum(one.alpha.numel() for one in soft.values())
 
     def decode() -> None:
         for path, one in soft.items():
@@ -162,7 +168,7 @@ def adaround(
             share = (step / settings.iterations - WARM_UP) / (1 - WARM_UP)
             beta = BETA[0] + (BETA[1] - BETA[0]) * share if share > 0 else None
             for one in soft.values():
-                one.gradient(settings.regularizer, beta)
+                one.gradient(regularizer, beta)
             optimizer.step()
             tell()
     finally:
@@ -176,20 +182,21 @@ class _Soft:
 
     def __init__(self, layer: Layer, start: Starting, device: torch.device) -> None:
         assert layer.grid is not None
-        shape = layer.geometry.shape
-        # Every entry must be able to move to a neighbour: nobody stands on the last code with nothing above.
-        floor = torch.minimum(start.place.floor(), start.codes.float()).clamp_(0, grouped.TOP - 1)
-        zero = layer.grid.zero.float().repeat_interleave(layer.grid.group, 1)
-        step = grouped.step(layer.grid)
+        shape, grid = layer.geometry.shape, grid_to(layer.grid, device)
+        place, codes = start.place.to(device), start.codes.to(device)
+        # Every entry can move to a neighbour: the last code has nothing above it.
+        floor = torch.minimum(place.floor(), codes.float()).clamp_(0, grouped.TOP - 1)
+        zero = grid.zero.float().repeat_interleave(grid.group, 1)
+        step = grouped.step(grid)
 
         def laid_out(columns: Tensor) -> Tensor:
-            return grouped.from_columns(columns.to(device), shape).contiguous()
+            return grouped.from_columns(columns, shape).contiguous()
 
         self.floor = laid_out(floor)
         self.step = laid_out(step)
-        self.base = laid_out((floor.to(step) - zero) * step)
-        fraction = (start.place - floor).clamp_(0, 1)
-        self.alpha = torch.nn.Parameter(torch.logit((laid_out(fraction) + 0.1) / 1.2))
+        self.base = laid_out((floor - zero) * step)
+        h = torch.where(codes > floor, START, 1 - START)
+        self.alpha = torch.nn.Parameter(torch.logit((laid_out(h) + 0.1) / 1.2))
         self._h = torch.empty_like(self.alpha)
         self._slope = torch.empty_like(self.alpha)
         self._weight = torch.empty_like(self.alpha).requires_grad_()

@@ -3,6 +3,9 @@
 GPTQ (2210.17323, section 3): with H = X^T X of the layer's inputs, the columns that are left minimise || X dW^T ||^2
 after each rounding; the updates come from the upper Cholesky factor of H^-1. The grid is fixed beforehand, so the
 columns can be taken in any order: those with the most energy come first, when the most others are left to help.
+
+Where the float network's input F is known beside the quantized one X, the weight is first moved to where it makes up
+for what came before it: the minimum of || X w'^T - F w^T ||^2, by ridge regression around w (as TFMQ's own TIAR does).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from ..grouped import Grid
 LIMIT = 4096  # columns of one matrix; a wider weight is taken in blocks that do not know of each other
 # Shares of the mean diagonal of H: the first that can be factorized is taken.
 DAMPINGS = (1e-2, 1e-1, 1.0)
+PULL_DAMPING = 0.1
 BLOCK = 64
 
 
@@ -27,12 +31,37 @@ class Gram:
         self.width = block_width(columns, limit)
         self.blocks = torch.zeros(columns // self.width, self.width, self.width, device=device)
         self.positions = 0
+        self.pull: Tensor | None = None  # sum of ((F - X) w^T)^T X, [N, K']
 
     def add(self, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """x [M, K']; dtype: what the products are computed in."""
         self.positions += x.shape[0]
         for block, part in zip(self.blocks, x.to(dtype).split(self.width, 1), strict=True):
             block += part.t() @ part
+
+    def add_pull(self, x: Tensor, missing: Tensor) -> None:
+        """x [M, K'], of a batch that `add` has had; missing [M, N]: what the float output has more than x w^T."""
+        found = missing.t().float() @ x.float()
+        self.pull = found if self.pull is None else self.pull.add_(found)
+
+    def moved(self, columns: Tensor, damping: float = PULL_DAMPING) -> Tensor:
+        """The weight near `columns` [N, K'] whose output on X is nearest to the float output."""
+        if self.pull is None:
+            return columns
+        out = columns.clone()
+        for number, block in enumerate(self.blocks):
+            part = slice(number * self.width, (number + 1) * self.width)
+            damped = block.clone()
+            damped.diagonal().add_(damping * block.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                out[:, part] += torch.cholesky_solve(self.pull[:, part].t(), lower).t()
+        return out
+
+    def excess(self, difference: Tensor) -> float:
+        """|| X w'^T - F w^T ||^2 for w' = w + difference [N, K'], mean over positions, less what it is for w."""
+        rest = 0.0 if self.pull is None else 2 * float((difference * self.pull).sum(dtype=torch.float64))
+        return self.error(difference) - rest / max(self.positions, 1)
 
     @property
     def mean_square(self) -> Tensor:

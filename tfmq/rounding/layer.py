@@ -75,13 +75,16 @@ class Layer:
         columns = grouped.values(self.codes.to(device), grid_to(self.grid, device))
         return grouped.from_columns(columns, self.geometry.shape)
 
-    def quantized_input(self, x: Tensor, rows: Rows) -> Tensor:
-        """x [B * m, ...] -> float32 of the same shape: balanced, rotated, and rounded to its grid."""
-        channel = 1 if self.geometry.is_conv else -1
+    def plain_input(self, x: Tensor) -> Tensor:
+        """x -> float32 of the same shape: balanced and rotated."""
         x = x.float()
         if self.balance is not None:
-            x = x / per_channel(self.balance, x.dim(), channel)
-        x = rotate(x, self.scheme.rotation, self.permutations)
+            x = x / per_channel(self.balance, x.dim(), 1 if self.geometry.is_conv else -1)
+        return rotate(x, self.scheme.rotation, self.permutations)
+
+    def quantized_input(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [B * m, ...] -> float32 of the same shape: balanced, rotated, and rounded to its grid."""
+        x = self.plain_input(x)
         if self.scheme.activation == DYNAMIC:
             with torch.no_grad():
                 flat = x.detach().reshape(-1, x.shape[-1])

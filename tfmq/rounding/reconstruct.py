@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,22 @@ from torch import Tensor, nn
 
 from .. import grouped
 from ..errors import TfmqError
-from ..scheme import STATIC
 from ..solve import Rounded
 from . import tree
 from .adaround import Group, Settings, Starting, adaround, measure
 from .checkpoint import read_unit, write_unit
-from .feedback import Gram, feedback, input_columns
+from .feedback import LIMIT, Gram, feedback, input_columns
 from .lanes import Lane
 from .layer import Layer, Rows, grid_to
 from .plain import plain_parameters
 from .progress import Countdown
-from .ranges import tune_ranges
+from .ranges import Scales, tune_scales
 from .units import Unit, find_units
 
 NEAREST, FAST, BALANCED, BEST = "nearest", "fast", "balanced", "best"
 SETTINGS = {
-    BALANCED: Settings(iterations=500, range_iterations=100, batch=16, rate=1e-2),
-    BEST: Settings(iterations=20_000, range_iterations=5_000, batch=32, rate=1e-3),  # Q-Diffusion's
+    BALANCED: Settings(iterations=300, scale_iterations=100, batch=16, rate=1e-2),
+    BEST: Settings(iterations=20_000, scale_iterations=5_000, batch=32, rate=1e-3),  # Q-Diffusion's
 }
 BUDGET = 4 << 30  # bytes of collected inputs, outputs and normal equations
 # Rows per pass: odd numbers that no other dimension of a tensor is likely to be a multiple of.
@@ -46,6 +45,7 @@ LANES = 16  # passes in flight
 LEAST_ROWS = 8
 HELD_OUT = 8  # one batch in so many judges and does not teach
 POSITIONS = 16384  # of the normal equations of one layer, or four times its columns if that is more
+NORMALS = 3  # matrices of the widest layer that may be there at once: to teach, to judge, and the float output's pull
 GAIN = 0.99  # a reconstruction counts from this ratio of held-out losses on
 
 Progress = Callable[[int, int, float], None]
@@ -123,8 +123,12 @@ class _Pass:
     held: bool
     shape: Hashable
     lane: Lane = field(init=False)
+    probing: bool = False
     unit: str | None = None
     passed: set[str] = field(default_factory=set)
+    twin: _Pass | None = None  # the same rows in the other network, where there is one
+    columns: Tensor | None = None  # of the layer at which it waits, until the twin has come there
+    chosen: Tensor | None = None
     inputs: Any = None  # (args, kwargs) of the unit that it stands in, on the CPU
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -146,7 +150,8 @@ class _Work:
         self.unit_of = {path: unit.path for unit in self.units.values() for path in unit.layers}
         self.rounded: dict[str, Rounded] = {}
         self.places: dict[str, Tensor] = {}
-        self.grams: dict[str, Gram] = {}
+        self.grams: dict[tuple[str, bool], Gram] = {}  # by layer, and whether they judge or teach
+        self.current: tuple[str, Tensor] | None = None  # a layer and its weight's columns
         self.losses: dict[str, tuple[float, float]] = {}
         self.seconds: dict[str, float] = {}
         self.changed: set[str] = set()
@@ -155,16 +160,20 @@ class _Work:
         # What the network's modules read while they run.
         self.now: _Pass | None = None
         self.quantized, self.rows, self.dtype = False, Rows(torch.zeros(1).long(), torch.zeros(1).long()), torch.float32
-        self.used = self.peak = 0
+        self.used = self.peak = self.corrected = 0
         sizes = {unit.path: sum(_size(layers[path]) for path in unit.layers) for unit in self.units.values()}
-        steps = 0 if settings is None else settings.iterations + settings.range_iterations
+        steps = 0 if settings is None else settings.iterations + settings.scale_iterations
         self.progress = Countdown(progress, sizes, steps)
         self.count = 0  # of samples
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
+        self.source = replace(self.source, interval=self.source.interval.clone(), branch=self.source.branch.clone())
         for path, layer in self.layers.items():
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    setattr(layer, name, value.clone())  # autograd takes no tensor that was made in inference mode
             if layer.scheme.weight_bits == 8:
                 layer.round_to_8_bits(self.weight(path))
             self._replace(path, self._layer_forward)
@@ -192,15 +201,17 @@ class _Work:
         layer = self.layers[path]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            one = self.now
             if not self.quantized:
+                if one is not None and one.twin is not None and one.twin.lane.place == path:
+                    self._add_pull(path, layer, x, one.twin)
+                    one.lane.stop(path)
                 return original(x, *args, **kwargs)
             if layer.solved or layer.trained is not None:
                 return layer.compute(x, self.rows, self.dtype)
-            one = self.now
             assert one is not None
             quantized = layer.quantized_input(x, self.rows)
-            if not one.held:
-                self._add(path, layer, quantized)
+            self._add(path, layer, quantized, one)
             one.lane.stop(path)
             return layer.multiply(quantized).to(x.dtype)
 
@@ -209,19 +220,24 @@ class _Work:
     def _unit_forward(self, path: str, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             one = self.now
-            if one is None or one.unit is not None or path in one.passed or self._finished(path):
+            if one is None or one.unit is not None or path in one.passed:
+                return original(*args, **kwargs)
+            if self._finished(path) and not one.probing:
                 return original(*args, **kwargs)
             one.passed.add(path)
             one.unit = path
-            if one.quantized:
+            if one.quantized or one.probing:
                 one.inputs = tree.map_tensors((args, kwargs), _kept)
             result = original(*args, **kwargs)
             one.outputs = [_kept(t) for t in outputs(result)]
+            held = tree.nbytes((one.inputs, one.outputs))
+            self._count(held)
             one.lane.stop(f"{path}:end")
             if one.quantized and path in self.changed:
                 args, kwargs = tree.map_tensors(one.inputs, lambda t: t.to(self.device, copy=True))
                 result = original(*args, **kwargs)
             one.unit, one.inputs, one.outputs = None, None, []
+            self._count(-held)
             return result
 
         return forward
@@ -229,22 +245,39 @@ class _Work:
     def _finished(self, unit: str) -> bool:
         return all(path in self.rounded for path in self.units[unit].layers)
 
-    def _add(self, path: str, layer: Layer, quantized: Tensor) -> None:
-        g = layer.geometry
-        if g.groups != 1:
+    def _add(self, path: str, layer: Layer, quantized: Tensor, one: _Pass) -> None:
+        """Take the input of a layer into its normal equations, or into those that judge."""
+        if layer.geometry.groups != 1 or (one.held and one.twin is None):
             return
-        shape = (g.shape[2:], g.stride, g.padding, g.dilation) if g.is_conv else None
-        columns = input_columns(quantized, shape)
-        gram = self.grams.get(path)
-        if gram is None:
-            gram = self.grams[path] = Gram(columns.shape[1], columns.device)
-            self._count(gram.nbytes)
-        teachers = max(1, sum(one.quantized and not one.held for one in self.passes))
-        most = -(-max(POSITIONS, 4 * columns.shape[1]) // teachers)
+        columns = input_columns(quantized, _window(layer))
+        key = (path, one.held)
+        if key not in self.grams:
+            self.grams[key] = Gram(columns.shape[1], columns.device)
+            self._count(self.grams[key].nbytes)
+        gram = self.grams[key]
+        alike = sum(other.quantized and other.held == one.held for other in self.passes)
+        most = -(-max(POSITIONS, 4 * columns.shape[1]) // max(1, alike))
+        one.chosen = None
         if columns.shape[0] > most:
             generator = torch.Generator().manual_seed(self.seed + gram.positions)
-            columns = columns[torch.randperm(columns.shape[0], generator=generator)[:most].to(columns.device)]
+            one.chosen = torch.randperm(columns.shape[0], generator=generator)[:most].to(columns.device)
+            columns = columns[one.chosen]
         gram.add(columns, self.training_dtype)
+        one.columns = columns if one.twin is not None else None
+
+    def _add_pull(self, path: str, layer: Layer, x: Tensor, twin: _Pass) -> None:
+        """The same for what the float network has there. twin: the quantized pass, which waits at this layer."""
+        if twin.columns is None:
+            return
+        if self.current is None or self.current[0] != path:
+            self.current = (path, grouped.to_columns(self.weight(path)).float())
+        columns = input_columns(layer.plain_input(x), _window(layer))
+        if twin.chosen is not None:
+            columns = columns[twin.chosen]
+        if columns.shape == twin.columns.shape:
+            missing = (columns - twin.columns) @ self.current[1].t()
+            self.grams[path, twin.held].add_pull(twin.columns, missing)
+        twin.columns = None
 
     def _count(self, nbytes: int) -> None:
         self.used += nbytes
@@ -286,9 +319,12 @@ class _Work:
     def _advance(self, one: _Pass) -> str | None:
         self.now, self.quantized, self.rows, self.dtype = one, one.quantized, one.rows, torch.float32
         try:
-            return one.lane.advance()
+            place = one.lane.advance()
         finally:
             self.now, self.quantized = None, False
+        if one.quantized and one.twin is not None and place is not None and one.columns is not None:
+            self._advance(one.twin)
+        return place
 
     def _start_passes(self) -> None:
         batches = self._batches()
@@ -302,6 +338,10 @@ class _Work:
                 one = _Pass(indices, rows, quantized, held, self.source.shape[indices[0]])
                 one.lane = Lane(partial(self.source.run, indices))
                 self.passes.append(one)
+        if self.settings is not None:
+            half = len(batches)
+            for one, twin in zip(self.passes[:half], self.passes[half:], strict=True):
+                one.twin, twin.twin = twin, one
 
     def _batches(self) -> list[list[int]]:
         """Batches of rows of one shape; the last ones are of pictures that no other batch has, where that is possible.
@@ -333,23 +373,17 @@ class _Work:
         most = 0
         if self.settings is None:
             return len(self.source.origin)
-        probe = _Pass(rows[:2], Rows(*(torch.zeros(2).long() for _ in "ab")), False, False, None)
-        probe.lane = Lane(lambda: self.source.run(probe.indices))
+        # All units, also those that an earlier run has finished: both runs must choose the same samples.
+        probe = _Pass(rows[:2], self.rows, False, False, None, probing=True)
+        probe.lane = Lane(partial(self.source.run, probe.indices))
         self.passes.append(probe)
-        probe.quantized = True  # keep the inputs; the layers compute in float
         while not probe.lane.done:
-            self.now, self.quantized = probe, False
-            try:
-                probe.lane.advance()
-            finally:
-                self.now = None
-            if probe.unit is not None:
-                most = max(most, tree.nbytes(probe.inputs) + tree.nbytes(probe.outputs))
+            self._advance(probe)
+            most = max(most, tree.nbytes((probe.inputs, probe.outputs)))
         self.passes.remove(probe)
         each = max(1, most // 2) * 2  # both of the collected and of the joined tensors
-        widest = max(grouped.to_columns(torch.empty(layer.geometry.shape, device="meta")).shape[1] for layer in
-                     self.layers.values())  # fmt: skip
-        left = self.budget - 4 * widest * min(widest, 4096)
+        widest = max(_size(layer) // layer.geometry.shape[0] for layer in self.layers.values())
+        left = self.budget - NORMALS * 4 * widest * min(widest, LIMIT)
         if left < LEAST_ROWS * each:
             raise TfmqError(
                 f"Reconstruction needs at least {(self.budget - left + LEAST_ROWS * each) / 1e9:.1f} GB for this model "
@@ -361,17 +395,30 @@ class _Work:
 
     def _feed_back(self, path: str) -> None:
         began = time.perf_counter()
-        layer, gram = self.layers[path], self.grams.pop(path, None)
+        layer, gram = self.layers[path], self.grams.pop((path, False), None)
+        judge = self.grams.pop((path, True), None)
         columns = grouped.to_columns(self.weight(path)).float().contiguous()
         if gram is None:
             grid = grouped.search_grid(columns, layer.scheme.group)
             codes, note = grouped.nearest(columns, grid), "no samples reached it: nearest rounding"
-            self.places[path] = grouped.place(columns, grid).clamp_(0, grouped.TOP)
+            place = grouped.place(columns, grid).clamp_(0, grouped.TOP)
         else:
             grid = grouped.search_grid(columns, layer.scheme.group, gram.mean_square)
-            codes, self.places[path] = feedback(columns, grid, gram)
+            codes, place = feedback(columns, grid, gram)
             note = "error feedback"
-            self._count(-gram.nbytes)
+            if gram.pull is not None:
+                moved = gram.moved(columns)
+                trial = grouped.search_grid(moved, layer.scheme.group, gram.mean_square)
+                other = feedback(moved, trial, gram)
+                judge = judge or gram
+                if judge.excess(grouped.values(other[0], trial) - columns) < judge.excess(
+                    grouped.values(codes, grid) - columns
+                ):
+                    (codes, place), grid = other, trial
+                    self.corrected += 1
+        self._count(-sum(one.nbytes for one in {id(g): g for g in (gram, judge) if g is not None}.values()))
+        self.current = None
+        self.places[path] = place
         unit = self.unit_of[path]
         learning = self.settings is not None and any(one.unit == unit for one in self.passes)
         if learning:
@@ -384,26 +431,26 @@ class _Work:
 
     def _learn(self, unit: Unit, there: list[_Pass]) -> None:
         began = time.perf_counter()
-        twins = {tuple(one.indices): one for one in self.passes if not one.quantized}
         pairs = []
         for one in there:
-            twin = twins[tuple(one.indices)]
-            if twin.unit != unit.path and not twin.lane.done:
+            twin = one.twin
+            assert twin is not None
+            while twin.lane.place != f"{unit.path}:end" and not twin.lane.done:
                 self._advance(twin)
-            if twin.unit == unit.path:
+            if not twin.lane.done:
                 pairs.append((one, twin))
         self._time("float", began)
         layers = {path: self.layers[path] for path in unit.layers if self.layers[path].solved}
         learning, held = self._groups(pairs, False), self._groups(pairs, True)
         used = sum(tree.nbytes((g.args, g.kwargs, g.targets)) for g in [*learning, *held])
-        self._count(2 * used)
+        self._count(used)
         try:
             if layers and learning:
                 note = self._fit(unit, layers, learning, held or learning)
             else:
                 note = "no samples reached it"
         finally:
-            self._count(-2 * used)
+            self._count(-used)
         for path in unit.layers:
             self.places.pop(path, None)
             layer = self.layers[path]
@@ -449,7 +496,9 @@ class _Work:
             before = measure(call, held, self.device, settings.batch)
             start = {p: Starting(self.places[p], _codes(layer)) for p, layer in layers.items() if p in self.places}
             began = time.perf_counter()
-            found = adaround(call, layers, start, learning, settings, self.device, self.training_dtype, seed, tell)
+            found = adaround(
+                call, layers, start, before, learning, settings, self.device, self.training_dtype, seed, tell
+            )
             self._time("adaround", began)
             kept = {path: _codes(layers[path]) for path in found}
             for path, codes in found.items():
@@ -465,28 +514,23 @@ class _Work:
                 note = f"error feedback kept, reconstruction {why}: loss {before:.3g} -> {after:.3g}"
                 after = before
             began = time.perf_counter()
-            scales = {}
-            if settings.range_iterations and any(layer.scheme.activation == STATIC for layer in layers.values()):
-                scales = tune_ranges(
-                    call, layers, learning, settings.range_iterations, settings.batch, self.device,
+            if settings.scale_iterations:
+                old = Scales.of(layers)
+                scales = tune_scales(
+                    call, layers, learning, settings.scale_iterations, settings.batch, self.device,
                     self.training_dtype, seed + 1, tell,
                 )  # fmt: skip
-            if scales:
-                old = {path: layers[path].act_scale for path in scales}
-                for path, found_scale in scales.items():
-                    layers[path].act_scale = found_scale
+                scales.put(layers)
                 tuned = measure(call, held, self.device, settings.batch)
                 if tuned < after:
-                    note += f", ranges tuned: {tuned:.3g}"
+                    note += f", scales tuned: {tuned:.3g}"
                     after = tuned
                     self.changed.add(unit.path)
+                    for path in scales.activation:
+                        layers[path].ranges_tuned = True
                 else:
-                    for path, scale in old.items():
-                        layers[path].act_scale = scale
-                    scales = {}
-            self._time("ranges", began)
-        for path in scales:
-            layers[path].ranges_tuned = True
+                    old.put(layers)
+            self._time("scales", began)
         self.losses[unit.path] = (before, after)
         return note
 
@@ -552,3 +596,8 @@ def _codes(layer: Layer) -> Tensor:
 
 def _size(layer: Layer) -> int:
     return torch.Size(layer.geometry.shape).numel()
+
+
+def _window(layer: Layer) -> tuple[tuple[int, ...], ...] | None:
+    g = layer.geometry
+    return (g.shape[2:], g.stride, g.padding, g.dilation) if g.is_conv else None

@@ -1,0 +1,369 @@
+"""What only the Triton backend has: 4-bit weights, residuals, split products, norms, custom operations.
+
+Run by test_triton.py in a process of its own, in Triton's interpreter. There the float arithmetic is numpy's, rounded
+after every operation as torch's is, so that most results must be equal, not near.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfmq import grouped
+from tfmq.kernels import reference, table, triton_backend, triton_launch
+from tfmq.kernels.geometry import Geometry, StaticInput
+from tfmq.kernels.triton_launch import Prepared, tuner
+from tfmq.kernels.triton_tune import Tile
+from tfmq.leaf import QuantConv2d
+from tfmq.quantizer import affine_grid, quantize_affine, quantize_rows
+from tfmq.scheme import STATIC, Scheme
+from tfmq.solve import LayerState
+from tfmq.timeline import Clock, Partition, TimeAxis
+
+SMALL = Tile(32, 32, 64, 1, 4, 2)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, SMALL)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    monkeypatch.setattr(tuner, "choose", lambda *_: tile)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grid_of(channels: int | None, zero_point: int = 99, scale: float = 0.031, seed: int = 0) -> StaticInput:
+    inverse = None if channels is None else torch.rand(channels, generator=generator(seed)) + 0.5
+    return StaticInput(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), inverse)
+
+
+def packed_of(geometry: Geometry, wanted: int, seed: int) -> grouped.Packed:
+    """A random packed weight in which every factor, every zero and every code occurs, as far as int8 holds them."""
+    g = generator(seed)
+    n, c = geometry.shape[:2]
+    columns = c * (geometry.shape[2] * geometry.shape[3] if geometry.is_conv else 1)
+    group = grouped.group_for(c, wanted)
+    assert group == wanted
+    codes = torch.randint(0, 16, (n, columns), generator=g).to(torch.uint8)
+    zero = torch.randint(0, 16, (n, columns // group), generator=g)
+    factor = torch.randint(1, 16, zero.shape, generator=g)
+    factor = torch.minimum(factor, 127 // torch.maximum(zero, 15 - zero))
+    scale = torch.rand(n, generator=g) * 0.01 + 0.001
+    grid = grouped.Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)
+    return grouped.Packed(grouped.pack(codes), grid, geometry.shape)
+
+
+def near(y: Tensor, truth: Tensor) -> None:
+    assert y.dtype == truth.dtype and y.shape == truth.shape
+    assert torch.equal(y, truth), f"worst difference {float((y.double() - truth.double()).abs().max())}"
+
+
+# --- 4-bit weights --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from([(16, 16), (48, 16), (32, 32), (96, 32), (64, 64), (192, 64), (128, 128), (384, 128)]),
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3]), st.booleans(), st.sampled_from([64, 128]),
+    st.sampled_from([1, 2, 4]), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_four_bit_weights(
+    channels: tuple[int, int], n: int, m: int, kernel: int, dynamic: bool, bk: int, split: int, seed: int
+) -> None:
+    c, group = channels
+    conv = kernel == 3
+    geometry = Geometry((n, c, 3, 3), padding=(1, 1)) if conv else Geometry((n, c))
+    packed = packed_of(geometry, group, seed)
+    prepared = triton_backend.prepare_packed(packed, geometry)
+    truth = reference.prepare(packed.int8(), packed.grid.scale, geometry)
+    x = torch.randn((1, c, 1 + m % 5, 1 + m % 3) if conv else (m, c), generator=generator(seed)) * 3
+    grid = grid_of(c)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, SMALL._replace(k=bk, split=split))
+        if conv:
+            y, expected = (b.conv2d_static(x, p, grid, None) for b, p in both(prepared, truth))
+        elif dynamic:
+            y, expected = (b.linear_dynamic(x, p, grid.inverse_balance, None) for b, p in both(prepared, truth))
+        else:
+            y, expected = (b.linear_static(x, p, grid, None) for b, p in both(prepared, truth))
+    near(y, expected)
+
+
+def both(prepared: Prepared, truth: reference.Prepared) -> tuple:
+    return (triton_backend, prepared), (reference, truth)
+
+
+def test_packed_codes_are_kept_as_they_are() -> None:
+    geometry = Geometry((6, 32, 3, 3))
+    packed = packed_of(geometry, 32, 0)
+    prepared = triton_backend.prepare_packed(packed, geometry)
+    assert prepared.codes.data_ptr() == packed.codes.data_ptr()
+    assert torch.equal(prepared.sums, packed.int8().flatten(1).sum(1).int())
+
+
+# --- the epilogue ---------------------------------------------------------------------------------------------------
+
+
+def layer(geometry: Geometry, seed: int, top: int = 127) -> tuple[Tensor, Tensor]:
+    g = generator(seed)
+    codes = torch.randint(-top, top + 1, geometry.shape, generator=g).to(torch.int8)
+    return codes, torch.rand(geometry.shape[0], generator=g) * 0.01 + 0.001
+
+
+@pytest.mark.parametrize("split", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_come_out_as_they_are(monkeypatch: pytest.MonkeyPatch, split: int, dtype: torch.dtype) -> None:
+    """All scales 1: the result is the integer sum itself, which float32 holds here."""
+    use(monkeypatch, SMALL._replace(split=split))
+    geometry = Geometry((37, 21, 3, 3), (2, 2), (1, 1))
+    codes, _ = layer(geometry, 1)
+    x = torch.randint(-99, 157, (9, 21, 5, 7), generator=generator(2))
+    expected = F.conv2d(x.double(), codes.double(), stride=2, padding=1)
+    assert float(expected.abs().max()) < 2**24
+    prepared = triton_backend.prepare(codes, torch.ones(37), geometry)
+    y = triton_backend.conv2d_static(x.to(dtype), prepared, grid_of(None, scale=1.0), None)
+    near(y, expected.to(dtype) if dtype == torch.float32 else expected.float().to(dtype))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_before_the_rounding(
+    monkeypatch: pytest.MonkeyPatch, split: int, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, SMALL._replace(split=split))
+    g = generator(3)
+    bias = torch.randn(13, generator=g)
+    for name, geometry, shape in (
+        ("linear_static", Geometry((13, 130)), (3, 7, 130)),
+        ("linear_dynamic", Geometry((13, 130)), (3, 7, 130)),
+        ("conv2d_static", Geometry((13, 130, 1, 1)), (2, 130, 3, 5)),
+        ("conv2d_static", Geometry((13, 130, 3, 3), padding=(1, 1)), (2, 130, 3, 5)),
+    ):
+        codes, scale = layer(geometry, 4)
+        x = torch.randn(shape, generator=g).to(dtype)
+        how = grid_of(130) if name != "linear_dynamic" else grid_of(130).inverse_balance
+        prepared = triton_backend.prepare(codes, scale, geometry)
+        plain = getattr(reference, name)(x.float(), reference.prepare(codes, scale, geometry), how, bias)
+        residual = torch.randn(plain.shape, generator=g).to(dtype)
+        for given_ in (residual, residual.transpose(1, 2).contiguous().transpose(1, 2)):
+            y = getattr(triton_backend, name)(x, prepared, how, bias, residual=given_)
+            near(y, (plain + residual.float()).to(dtype))
+
+
+def test_what_float16_cannot_hold() -> None:
+    """Beyond 65504 comes infinity, as from a float16 layer; a sum that a residual brings back is exact to rounding."""
+    geometry = Geometry((16, 64))
+    codes = torch.full(geometry.shape, 127, dtype=torch.int8)
+    prepared = triton_backend.prepare(codes, torch.full((16,), 0.1), geometry)
+    x = torch.full((2, 64), 100.0, dtype=torch.float16)
+    x[1] = -20
+    grid = grid_of(None, 51, 0.5)
+    y = triton_backend.linear_static(x, prepared, grid, None)
+    truth = reference.linear_static(x, reference.prepare(codes, torch.full((16,), 0.1), geometry), grid, None)
+    assert bool(torch.isposinf(y[0]).all()) and bool(torch.isfinite(y[1]).all())
+    near(y, truth)
+    for bias in (None, torch.full((16,), -60000.0)):
+        residual = torch.full((2, 16), -60000.0 if bias is None else 0.0, dtype=torch.float16)
+        back = triton_backend.linear_static(x, prepared, grid, bias, residual)
+        assert bool((back[0] == torch.tensor(81280.0 - 60000.0).half()).all())
+
+
+def test_empty_batches() -> None:
+    codes, scale = layer(Geometry((5, 16)), 0)
+    prepared = triton_backend.prepare(codes, scale, Geometry((5, 16)))
+    assert triton_backend.linear_static(torch.empty(0, 16), prepared, grid_of(16), None).shape == (0, 5)
+    assert triton_backend.linear_dynamic(torch.empty(2, 0, 16), prepared, None, None).shape == (2, 0, 5)
+    geometry = Geometry((5, 16, 3, 3), padding=(1, 1))
+    codes, scale = layer(geometry, 0)
+    prepared = triton_backend.prepare(codes, scale, geometry)
+    y = triton_backend.conv2d_static(torch.empty(0, 16, 4, 4), prepared, grid_of(16), None)
+    assert y.shape == (0, 5, 4, 4)
+    ones = torch.ones(16)
+    assert triton_launch.group_norm(torch.empty(0, 16, 4, 4), 4, ones, ones, 1e-5).gain.shape == (0, 16)
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 3), st.integers(1, 200), st.integers(1, 7), st.integers(1, 7), st.tuples(*[st.integers(0, 2)] * 2),
+    st.sampled_from(DTYPES), st.sampled_from([0, 99, 255]), st.booleans(), st.booleans(), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_codes_of_images(
+    b: int, c: int, h: int, w: int, padding: tuple[int, int], dtype: torch.dtype, zero_point: int, balanced: bool,
+    last: bool, seed: int,
+) -> None:  # fmt: skip
+    x = (torch.randn(b, c, h, w, generator=generator(seed)) * 4).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    grid = grid_of(c if balanced else None, zero_point, seed=seed)
+    channels = triton_launch.round_up(c)
+    q = triton_launch.quantize_image(x, grid, channels, padding)
+    inverse = None if grid.inverse_balance is None else grid.inverse_balance[:, None, None]
+    expected = quantize_affine(x, grid.scale, grid.zero_point, inverse).int() - 128
+    border = (padding[1], padding[1], padding[0], padding[0])
+    expected = F.pad(expected, (*border, 0, channels - c), value=zero_point - 128)
+    assert torch.equal(q.int(), expected.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("k", [1, 70, 4097, 9000])
+def test_codes_of_rows(bits: int, k: int) -> None:
+    """Also of rows that are longer than what a program holds, of constant ones and of strided ones."""
+    x = torch.randn(k, 5, generator=generator(k)).t() * 3
+    x[1] = 0.25
+    x[2] = 0.0
+    inverse = torch.rand(k, generator=generator(1)) + 0.5
+    for balance in (None, inverse):
+        rows = triton_launch.quantize_rows(x, balance, bits, triton_launch.round_up(k))
+        codes, scale, offset = quantize_rows(x, balance, bits)
+        assert torch.equal(rows.codes[:, :k], codes)
+        assert int(rows.codes[:, k:].abs().sum()) == 0
+        assert torch.equal(rows.scale, scale.flatten()) and torch.equal(rows.offset, offset.flatten())
+
+
+def test_ties_go_to_even_and_what_is_far_out_is_clipped() -> None:
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e30, -1e30, 65504.0, float("inf"), float("-inf")]])
+    q = triton_launch.quantize_matrix(x, grid_of(None, 100, 1.0), 16)
+    assert (q[0, :10].int() + 128).tolist() == [100, 102, 102, 100, 98, 255, 0, 255, 255, 0]
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 32, 4, 4), 8), ((1, 30, 3, 5), 3), ((9, 8, 1, 1), 2), ((1, 96, 20, 20), 32), ((1, 4, 65, 67), 2)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_group_norm_silu_and_quantization(
+    shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, last: bool
+) -> None:
+    g = generator(5)
+    x = (torch.randn(shape, generator=g) * 2 + 30).to(dtype)  # a mean far from zero: no square of it may be subtracted
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    c = shape[1]
+    weight, bias = torch.randn(c, generator=g).to(dtype), torch.randn(c, generator=g).to(dtype)
+    norm = triton_launch.group_norm(x, groups, weight, bias, 1e-5)
+    expected = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)
+    got = x.double() * norm.gain.double()[:, :, None, None] + norm.shift.double()[:, :, None, None]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
+    grid = grid_of(c, 30)
+    channels = triton_launch.round_up(c)
+    for silu in (False, True):
+        q = triton_launch.quantize_image(x, grid, channels, (1, 1), norm, silu)
+        value = (F.silu(expected) if silu else expected).float()
+        codes = quantize_affine(value, grid.scale, grid.zero_point, grid.inverse_balance[:, None, None]).int() - 128
+        off = (q[:, 1:-1, 1:-1, :c].int() - codes.permute(0, 2, 3, 1)).abs()
+        assert int(off.max()) <= 1 and float(off.float().mean()) < 0.01  # rounded to the other side of a tie
+        border = q.clone()
+        border[:, 1:-1, 1:-1] = 30 - 128
+        assert bool((border == 30 - 128).all())
+
+
+@pytest.mark.parametrize("shape", [(7, 40), (3, 1), (2, 5000)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_and_quantization(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    g = generator(6)
+    x = (torch.randn(shape, generator=g) * 2 + 30).to(dtype)
+    k = shape[1]
+    weight, bias = torch.randn(k, generator=g).to(dtype), torch.randn(k, generator=g).to(dtype)
+    value = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5).float()
+    for grid in (grid_of(k, 120), grid_of(None, 120)):
+        channels = triton_launch.round_up(k)
+        q = triton_launch.layer_norm_quantize(x, weight, bias, 1e-5, grid, channels)
+        codes = quantize_affine(value, grid.scale, grid.zero_point, grid.inverse_balance).int() - 128
+        off = (q[:, :k].int() - codes).abs()
+        assert int(off.max()) <= 1 and float(off.float().mean()) < 0.01
+        assert bool((q[:, k:] == 120 - 128).all())
+
+
+# --- under torch.compile --------------------------------------------------------------------------------------------
+
+
+def operations() -> list[tuple]:
+    """name, input, the rest of the arguments."""
+    linear, conv = Geometry((13, 24)), Geometry((13, 24, 3, 3), (2, 2), (1, 1))
+    bias = torch.randn(13, generator=generator(0))
+    prepared = {g: triton_backend.prepare(*layer(g, 0), g) for g in (linear, conv)}
+    packed_geometry = Geometry((13, 32))
+    packed = triton_backend.prepare_packed(packed_of(packed_geometry, 16, 0), packed_geometry)
+    return [
+        ("linear_static", torch.randn(2, 5, 24), (prepared[linear], grid_of(24), bias)),
+        ("linear_dynamic", torch.randn(2, 5, 24), (prepared[linear], grid_of(24).inverse_balance, bias, 8)),
+        ("linear_static", torch.randn(5, 32), (packed, grid_of(None), None)),
+        ("conv2d_static", torch.randn(2, 24, 5, 7), (prepared[conv], grid_of(24), bias)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_compiled_graph_holds_them_whole(which: int) -> None:
+    name, x, rest = operations()[which]
+    run = getattr(triton_backend, name)
+    expected = run(x, *rest)
+    compiled = torch.compile(lambda x: run(x, *rest) + 1, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    assert torch.equal(y, expected + 1) and y.stride() == (expected + 1).stride()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(lambda x: run(x, *rest) + 1, backend=backend, fullgraph=True)(x)
+    assert any(f"tfmq.{name}" in target for target in seen)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_the_custom_operations_keep_what_they_declare(which: int) -> None:
+    name, x, rest = operations()[which]
+    weight, *others = rest
+    arguments: tuple = (x, *weight[:6])
+    if name == "linear_dynamic":
+        arguments += (others[0], others[1], others[2], None)
+    else:
+        arguments += (*others[0], others[1], None)
+    if name == "conv2d_static":
+        g = weight.geometry
+        arguments += (list(g.shape), [*g.stride, *g.padding, *g.dilation])
+    torch.library.opcheck(getattr(torch.ops.tfmq, name).default, arguments)
+
+
+def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for all intervals: the row of the table is read on the device."""
+    backend = next(b for b in table.BACKENDS if b.module is triton_backend)
+    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: backend)
+    geometry = Geometry((6, 16, 3, 3), padding=(1, 1))
+    codes, scale = layer(geometry, 0)
+    high = torch.arange(1.0, 5.0)
+    scheme = Scheme(activation=STATIC)
+    state = LayerState("conv2d", scheme, geometry.shape, codes, scale, None, *affine_grid(-high, high))
+    clock = Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4))
+    leaf = QuantConv2d(state, geometry, clock, torch.randn(6))
+    graphs = []
+
+    def backend_of_compile(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with torch.inference_mode():
+        x = torch.randn(2, 16, 4, 4) * 3
+        leaf(x)  # prepares the weight
+        compiled = torch.compile(leaf, backend=backend_of_compile, fullgraph=True)
+        seen = []
+        for t in (900.0, 600.0, 400.0, 100.0):
+            clock.set(torch.tensor([t]))
+            seen.append(compiled(x))
+            near(seen[-1], leaf(x))
+    assert len(graphs) == 1
+    assert not torch.equal(seen[0], seen[-1])

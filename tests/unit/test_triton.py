@@ -1,0 +1,347 @@
+"""The Triton backend without a GPU: results in Triton's interpreter, machine code for every target, choice of tiles."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from devkit.paths import ROOT
+from tfmq.kernels import triton_backend, triton_tune
+from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
+
+UNIT = Path(__file__).parent
+# What the package index has wheels of Triton for, and so what the developer's requirements install it on.
+HAS_WHEELS = sys.platform == "linux" and platform.machine() == "x86_64"
+needs_triton = pytest.mark.skipif(
+    not HAS_WHEELS, reason=f"no Triton for {sys.platform} {platform.machine()}: its kernels are tested on Linux x86-64"
+)
+# Compute capability -> bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_results_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own: Triton reads the switch when it is imported."""
+    files = [UNIT / "test_kernels.py", UNIT / "test_leaf.py", UNIT / "interpreted_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.interpreted", *map(str, files)]
+    # The interpreter is slow; random input off the grid is in interpreted_triton.py, with more shapes.
+    command += ["-k", "triton and not test_parity_on_random_input"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
+    assert passed > 100, done.stdout[-2000:]
+    assert not (tmp_path / "tfmq").exists()  # nothing was timed
+
+
+# --- machine code ---------------------------------------------------------------------------------------------------
+
+POINTERS = {
+    "x": "*fp16", "q": "*i8", "codes": "*i8", "factor": "*u8", "zero": "*u8", "inverse": "*fp32", "act_scale": "*fp32",
+    "act_zero": "*i32", "row_scale": "*fp32", "row_offset": "*fp32", "scale": "*fp32", "sums": "*i32", "bias": "*fp16",
+    "residual": "*fp16", "out": "*fp16", "partial": "*i32", "gain": "*fp32", "shift": "*fp32", "mean": "*fp32",
+    "spread": "*fp32", "weight": "*fp16", "eps": "fp32",
+}  # fmt: skip
+ALIGNED = {"n", "c", "k", "q_k", "q_c", "stride_m", "stride_w"}  # numbers that divide by 16 in real models
+
+
+def build(kernel, capability: int, options: dict[str, int], **constants):
+    """Compile for a GPU that is not here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {**POINTERS, **({"codes": "*u8"} if constants.get("GROUP") else {})}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED
+    }
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False, residual: bool = False):
+    from tfmq.kernels.triton_product import product_kernel
+
+    size = 3 if conv else 1
+    absent = ["act_scale", "act_zero"] if dynamic else ["row_scale", "row_offset"]
+    absent += [] if group else ["factor", "zero"]
+    absent += [] if residual else ["residual"]
+    absent += [] if tile.split > 1 else ["partial"]
+    return build(
+        product_kernel, capability, {"num_warps": tile.warps, "num_stages": tile.stages}, KH=size, KW=size,
+        DENSE=not conv, GROUP=group, DYNAMIC=dynamic, HAS_BIAS=True, HAS_RESIDUAL=residual, EVEN_K=True,
+        SPLIT=tile.split, BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=8, **dict.fromkeys(absent),
+    )  # fmt: skip
+
+
+def check(built, capability: int) -> None:
+    """There is machine code, it fits the GPU, and keeps its sums in registers."""
+    from triton import knobs
+
+    assert built.metadata.shared <= SHARED_MEMORY[capability]
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "checked.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    assert registers <= 255 and local == 0
+    assert stack <= 64, f"{stack} bytes of registers spilled"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_kernel_compiles(cache: None, capability: int) -> None:
+    from tfmq.kernels import triton_norm, triton_product, triton_quantize
+
+    tile = Tile(64, 64, 64, 1, 4, 4)
+    instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    for how in (
+        {"conv": False}, {"conv": True, "residual": True}, {"conv": False, "group": 32, "dynamic": True},
+        {"conv": True, "group": 128},
+    ):  # fmt: skip
+        built = product(capability, tile, **how)
+        check(built, capability)
+        found = [line for line in built.asm["ptx"].splitlines() if instruction in line]
+        assert found and all(".s32.s8.s8" in line for line in found), "no int8 tensor core instruction"
+        assert "cp.async" in built.asm["ptx"], "loads are not pipelined"
+    check(product(capability, tile._replace(split=4), conv=True), capability)
+    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False}
+    plain = dict.fromkeys(["inverse", "gain", "shift"])
+    others = [
+        (triton_product.finish_kernel,
+         {**flags, "SPLIT": 4, "BM": 32, "BN": 64, **dict.fromkeys(["row_scale", "row_offset", "residual"])}),
+        (triton_quantize.quantize_kernel,
+         {"stride_c": 1, "HAS_BALANCE": True, "HAS_GAIN": True, "SILU": True, "BP": 32, "BC": 128}),
+        (triton_quantize.quantize_kernel,
+         {**plain, "HAS_BALANCE": False, "HAS_GAIN": False, "SILU": False, "BP": 256, "BC": 16}),
+        (triton_quantize.quantize_rows_kernel, {"stride_k": 1, "HAS_BALANCE": True, "HALF": 128, "BLOCK": 4096}),
+        (triton_norm.channel_statistics_kernel, {"stride_c": 1, "BP": 256, "BC": 64}),
+        (triton_norm.group_gain_kernel, {"BP": 32, "BCHUNKS": 64, "BG": 128}),
+        (triton_norm.layer_norm_quantize_kernel,
+         {"stride_k": 1, "inverse": None, "HAS_BALANCE": False, "BLOCK": 4096}),
+    ]  # fmt: skip
+    for kernel, constants in others:
+        check(build(kernel, capability, {"num_warps": 8}, **constants), capability)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_the_largest_shipped_tiles_fit(cache: None, capability: int) -> None:
+    """Shared memory of every tile by its own arithmetic; registers of the largest block by the assembler."""
+    tiles = triton_tune.tiles_of((capability // 10, capability % 10))
+    for tile in tiles:
+        assert tile.stages * (tile.m + tile.n) * tile.k <= SHARED_MEMORY[capability]
+        assert tile.m * tile.n <= 128 * 32 * tile.warps
+    largest = max(tiles, key=lambda tile: (tile.m * tile.n, tile.stages * (tile.m + tile.n) * tile.k))
+    check(product(capability, largest, conv=True), capability)
+
+
+@needs_triton
+def test_turing_is_refused_because_nothing_compiles_for_it(cache: None, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(Exception):
+        product(75, Tile(64, 64, 64, 1, 4, 2), conv=False)
+    capfd.readouterr()
+    assert triton_backend.CAPABILITY > (7, 5)
+
+
+def test_the_pack_runs_without_triton() -> None:
+    """`import triton` fails in the child: the table still answers, with a sentence."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from tfmq.kernels import table, triton_backend\n"
+        "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
+        "print(triton_backend.missing(torch.device('cuda')))\n"
+        "print(table.pick(table.LINEAR_STATIC, torch.device('cuda'), table.Geometry((4, 4))).name)\n"
+        "print('tfmq.kernels.triton_launch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["Triton is not installed", "int_mm", "False"], done.stderr
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+GPU = Machine("a GPU", (9, 0), 132)
+LAYER = Shape("3 x 3 int8", 8192, 320, 320, 9)
+
+
+def times(best: Tile | None = None, calls: list[Tile] | None = None) -> Callable[[Tile], float]:
+    """A clock for which `best` is quickest."""
+
+    def time(tile: Tile) -> float:
+        if calls is not None:
+            calls.append(tile)
+        return 1.0 if tile == best else 2.0
+
+    return time
+
+
+def test_the_shipped_tiles_say_that_they_were_not_measured() -> None:
+    shipped = json.loads(triton_tune.SHIPPED.read_text(encoding="utf-8"))
+    assert "not measured" in shipped["about"]
+    for capability in (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1):
+        tiles = triton_tune.tiles_of(capability)
+        assert len(tiles) == len(set(tiles)) >= 5
+        for tile in tiles:
+            assert all(x & (x - 1) == 0 for x in (tile.m, tile.n, tile.k, tile.warps)) and tile.split == 1
+
+
+@pytest.mark.parametrize("m", [1, 17, 128, 512, 2048, 8192, 32768])
+@pytest.mark.parametrize("n", [4, 320, 1280, 10240])
+def test_the_estimate_fills_the_gpu_and_wastes_little(m: int, n: int) -> None:
+    shape = Shape("1 x 1", m, n, 1280, 1)
+    tile = triton_tune.candidates(shape, GPU)[0]
+    computed = -(-m // tile.m) * tile.m * -(-n // tile.n) * tile.n
+    assert computed <= max(4 * m * n, 64 * 64, 64 * n, 64 * m)
+    programs = -(-m // tile.m) * -(-n // tile.n) * tile.split
+    most = max(-(-m // t.m) * -(-n // t.n) * t.split for t in triton_tune.candidates(shape, GPU))
+    assert programs >= min(132, most) / 4
+
+
+def test_small_outputs_with_many_columns_are_split() -> None:
+    assert triton_tune.candidates(Shape("3 x 3", 128, 1280, 2560, 9), GPU)[0].split > 1  # 8 x 8 pixels, batch 2
+    assert all(tile.split == 1 for tile in triton_tune.candidates(Shape("1 x 1", 128, 64, 320, 1), GPU))
+
+
+def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "kernels.json"
+    best, calls = triton_tune.candidates(LAYER, GPU)[2], []
+    tuner = Tuner(path)
+    assert tuner.choose(LAYER, GPU, times(best, calls)) == best
+    assert 1 < len(calls) <= triton_tune.TRIED
+    count = len(calls)
+    assert tuner.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
+    other = Tuner(path)
+    assert other.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
+    assert other.choose(LAYER._replace(m=64), GPU, times(None, calls)) and len(calls) > count
+    assert other.choose(LAYER, GPU._replace(name="another GPU"), None) == triton_tune.candidates(LAYER, GPU)[0]
+    assert len(triton_tune.read(path)) == 2  # both processes' shapes
+    assert [p.name for p in path.parent.iterdir()] == ["kernels.json"]
+    other.forget()
+    path.unlink()
+    assert other.choose(LAYER, GPU, None) == triton_tune.candidates(LAYER, GPU)[0]
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, calls = triton_tune.candidates(LAYER, GPU)[2], []
+    tuner = Tuner(tmp_path / "kernels.json")
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_tune, "capturing", lambda: True)
+        assert tuner.choose(LAYER, GPU, times(best, calls)) == triton_tune.candidates(LAYER, GPU)[0]
+    assert calls == []
+    assert tuner.choose(LAYER, GPU, times(best)) == best, "the estimate is not kept"
+    tuner = Tuner(None)
+    tuner.enabled = False
+    assert tuner.choose(LAYER, GPU, times(best, calls)) == triton_tune.candidates(LAYER, GPU)[0] and calls == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("no memory"), RuntimeError("out of resource"), ValueError()]
+)
+def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) -> None:
+    ordered = triton_tune.candidates(LAYER, GPU)
+
+    def time(tile: Tile) -> float:
+        if tile != ordered[1]:
+            raise error
+        return 5.0
+
+    def never(tile: Tile) -> float:
+        raise error
+
+    assert Tuner(tmp_path / "a").choose(LAYER, GPU, time) == ordered[1]
+    assert Tuner(tmp_path / "b").choose(LAYER, GPU, never) == ordered[0]
+    assert not (tmp_path / "b").exists()
+
+    def interrupted(tile: Tile) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Tuner(tmp_path / "c").choose(LAYER, GPU, interrupted)
+
+
+BEST = list(triton_tune.candidates(LAYER, GPU)[1])
+KEY = triton_tune._key(LAYER, GPU)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 1}', b'{"format": 1, "tiles": [1]}',
+        json.dumps({"format": 0, "tiles": {KEY: BEST}}).encode(),
+        json.dumps({"format": 1, "tiles": {KEY: BEST[:3]}}).encode(),
+        json.dumps({"format": 1, "tiles": {KEY: [1 << 20] * 6}}).encode(),
+        json.dumps({"format": 1, "tiles": {KEY: ["a"] * 6}}).encode(),
+        json.dumps({"format": 1, "tiles": {KEY: 3}}).encode(),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_bytes(content)
+    best = triton_tune.candidates(LAYER, GPU)[2]
+    assert Tuner(path).choose(LAYER, GPU, times(best)) == best
+    assert Tuner(path).choose(LAYER, GPU, None) == best
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    best = triton_tune.candidates(LAYER, GPU)[2]
+    tuner = Tuner(tmp_path / "file" / "kernels.json")
+    assert tuner.choose(LAYER, GPU, times(best)) == best
+    assert tuner.choose(LAYER, GPU, None) == best
+
+
+@pytest.mark.parametrize(("system", "variable"), [("linux", "XDG_CACHE_HOME"), ("win32", "LOCALAPPDATA")])
+def test_the_file_lies_in_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, variable: str
+) -> None:
+    monkeypatch.setattr(triton_tune.sys, "platform", system)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert triton_tune.cache_file() == tmp_path / "tfmq" / "kernels.json"
+    monkeypatch.delenv(variable)
+    assert Path.home() in triton_tune.cache_file().parents
+
+
+# --- the benchmark --------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_the_benchmark_of_operations_runs_to_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "ops.json"
+    command = [sys.executable, "-m", "bench.speed_ops", "--device", "cpu", "--smoke", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text(encoding="utf-8"))["models"]["smoke"]
+    for operation in found["ops"]:
+        assert operation["failed"] == [], done.stderr
+        assert {"fp16", "int_mm", "quantize", "product_w8a8", "ours_w8a8", "ours_w4a8"} <= set(operation["median_us"])
+        assert operation["product_rate_over_int_mm"] > 0
+    assert {operation["kind"] for operation in found["ops"]} == {"conv", "linear"}
+    assert found["mean_ratio"].keys() == set().union(*(operation["ratio"] for operation in found["ops"]))
+
+
+def test_the_benchmark_does_not_measure_a_cpu() -> None:
+    command = [sys.executable, "-m", "bench.speed_ops", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "--smoke" in done.stderr

@@ -1,0 +1,34 @@
+"""Attention of a quantized MODEL on a CPU, where the host's own choice costs more than all the layers together.
+
+Without `--use-pytorch-cross-attention` the host computes attention on a CPU in chunks ("sub quadratic") or in halves
+("split") and writes every score to memory. torch's own kernel keeps them in the cache: docs/speed.md has the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.ldm.modules import attention
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+KEY = "optimized_attention_override"
+# The host's ways that the faster one replaces; what a person chose by an argument or a node is none of them.
+SLOWER = ("attention_sub_quad", "attention_split", "attention_basic")
+MASK = 3  # place of the mask behind q among an attention's arguments
+
+
+def faster_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The host's override: the attention that it is about to call, then that one's arguments."""
+    masked = (args[MASK] if len(args) > MASK else kwargs.get("mask")) is not None
+    if q.device.type != "cpu" or masked or func.__name__ not in SLOWER:
+        return func(q, *args, **kwargs)
+    return attention.attention_pytorch(q, *args, **kwargs)
+
+
+def attach(patcher: ModelPatcher) -> None:
+    """Give a MODEL that runs on a CPU the faster attention, unless somebody gave it another one."""
+    if torch.device(patcher.load_device).type == "cpu":
+        patcher.model_options["transformer_options"].setdefault(KEY, faster_attention)

@@ -1,0 +1,110 @@
+"""int8 on NVIDIA GPUs in Triton: one pass that quantizes, one that multiplies and finishes. Weights in 8 or 4 bits.
+
+Nothing here imports Triton before it is used: the pack runs without it. Under torch.compile the operations appear as
+custom operations (`triton_ops`), which a compiled graph takes as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .geometry import Geometry, StaticInput
+
+if TYPE_CHECKING:
+    from ..grouped import Packed
+    from .triton_launch import Prepared
+
+CAPABILITY = (8, 0)  # Triton 3.7 compiles no int8 product for 7.5
+
+
+@lru_cache
+def missing(device: torch.device) -> str | None:
+    """Why this device cannot run these operations, or None."""
+    if device.type != "cuda":
+        return "only on CUDA GPUs"
+    if torch.version.hip is not None:
+        return "not tried on AMD GPUs"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "the GPU is older than compute capability 8.0"
+    return unusable()
+
+
+@lru_cache
+def unusable() -> str | None:
+    """Why Triton cannot be used in this process, or None."""
+    try:
+        from . import triton_ops  # noqa: F401
+    except ModuleNotFoundError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported ({error})"
+    except Exception as error:  # a Triton that does not fit this torch or system fails in many ways
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def unsafe(geometry: Geometry) -> str | None:
+    """Why a layer is left to others, or None."""
+    return "grouped convolution" if geometry.groups != 1 else None
+
+
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
+    """codes int8 [N, K] or [N, C, kh, kw], scale float32 [N]."""
+    from .triton_launch import Prepared, round_up
+
+    sums = codes.flatten(1).sum(1, dtype=torch.int32)
+    columns = codes.permute(0, 2, 3, 1) if geometry.is_conv else codes
+    more = round_up(columns.shape[-1]) - columns.shape[-1]
+    flat = (F.pad(columns, (0, more)) if more else columns).reshape(codes.shape[0], -1).contiguous()
+    return Prepared(flat, scale.contiguous(), sums, None, None, 0, geometry)
+
+
+def prepare_packed(packed: Packed, geometry: Geometry) -> Prepared:
+    """A weight in 4 bits, kept as it is."""
+    from .triton_launch import Prepared
+
+    grid = packed.grid
+    sums = packed.int8().flatten(1).sum(1, dtype=torch.int32)
+    return Prepared(
+        packed.codes.contiguous(), grid.scale.contiguous(), sums, grid.factor.contiguous(), grid.zero.contiguous(),
+        grid.group, geometry,
+    )  # fmt: skip
+
+
+def linear_static(
+    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """As `reference.linear_static`. residual: of the result's shape; added in float32, before the one rounding."""
+    from . import triton_ops
+
+    run = torch.ops.tfmq.linear_static if torch.compiler.is_compiling() else triton_ops.linear_static
+    return run(x, *triton_ops.flat(weight), *grid, bias, residual)
+
+
+def linear_dynamic(
+    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `reference.linear_dynamic`; residual as in `linear_static`."""
+    from . import triton_ops
+
+    run = torch.ops.tfmq.linear_dynamic if torch.compiler.is_compiling() else triton_ops.linear_dynamic
+    return run(x, *triton_ops.flat(weight), inverse_balance, bias, bits, residual)
+
+
+def conv2d_static(
+    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """As `reference.conv2d_static`; groups == 1. The result is in channels_last order.
+
+    residual: as in `linear_static`.
+    """
+    from . import triton_ops
+
+    run = torch.ops.tfmq.conv2d_static if torch.compiler.is_compiling() else triton_ops.conv2d_static
+    g = weight.geometry
+    place = [*g.stride, *g.padding, *g.dilation]
+    return run(x, *triton_ops.flat(weight), *grid, bias, residual, list(g.shape), place)

@@ -1,0 +1,83 @@
+"""The Triton operations as functions of tensors and numbers, and as custom operations that torch.compile keeps whole.
+
+In eager mode the plain functions run: a custom operation costs more time on the host than a launch.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import triton_launch as launch
+from .geometry import Geometry, StaticInput
+from .triton_launch import Prepared
+
+
+def flat(weight: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """A prepared weight as arguments of the operations."""
+    return weight[:6]
+
+
+# `Optional`: the schema of a custom operation is read from these on every Python that we run on.
+def linear_static(
+    x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
+    group: int, act_scale: Tensor, act_zero: Tensor, inverse_balance: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
+    residual: Optional[Tensor],  # noqa: UP045
+) -> Tensor:  # fmt: skip
+    weight = Prepared(codes, scale, sums, factor, zero, group, Geometry(tuple(codes.shape)))
+    grid = StaticInput(act_scale, act_zero, inverse_balance)
+    q = launch.quantize_matrix(x.reshape(-1, x.shape[-1]), grid, weight.channels)
+    y = launch.product(q, weight, grid, None, bias, x.dtype, None, _matrix(residual, scale))
+    return y.view(*x.shape[:-1], scale.shape[0])
+
+
+def linear_dynamic(
+    x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
+    group: int, inverse_balance: Optional[Tensor], bias: Optional[Tensor], bits: int, residual: Optional[Tensor],  # noqa: UP045
+) -> Tensor:  # fmt: skip
+    weight = Prepared(codes, scale, sums, factor, zero, group, Geometry(tuple(codes.shape)))
+    rows = launch.quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits, weight.channels)
+    y = launch.product(rows.codes, weight, None, rows, bias, x.dtype, None, _matrix(residual, scale))
+    return y.view(*x.shape[:-1], scale.shape[0])
+
+
+def conv2d_static(
+    x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
+    group: int, act_scale: Tensor, act_zero: Tensor, inverse_balance: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
+    residual: Optional[Tensor], shape: list[int], place: list[int],  # noqa: UP045
+) -> Tensor:  # fmt: skip
+    """shape: of the weight, [N, C, kh, kw]; place: stride, padding and dilation, two numbers each."""
+    geometry = _geometry(shape, place)
+    weight = Prepared(codes, scale, sums, factor, zero, group, geometry)
+    grid = StaticInput(act_scale, act_zero, inverse_balance)
+    size = x.shape[0], *geometry.output_size(x.shape[2], x.shape[3])
+    q = launch.quantize_image(x, grid, weight.channels, geometry.padding)
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).reshape(-1, shape[0])
+    y = launch.product(q, weight, grid, None, bias, x.dtype, size, residual)
+    return y.view(*size, shape[0]).permute(0, 3, 1, 2)
+
+
+def _matrix(residual: Tensor | None, scale: Tensor) -> Tensor | None:
+    return None if residual is None else residual.reshape(-1, scale.shape[0]).contiguous()
+
+
+def _geometry(shape: list[int], place: list[int]) -> Geometry:
+    return Geometry(tuple(shape), (place[0], place[1]), (place[2], place[3]), (place[4], place[5]))
+
+
+def _like_linear(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _like_conv(x: Tensor, *rest: object) -> Tensor:
+    shape, place = rest[-2:]
+    height, width = _geometry(shape, place).output_size(x.shape[2], x.shape[3])  # type: ignore[arg-type]
+    return x.new_empty(x.shape[0], height, width, shape[0]).permute(0, 3, 1, 2)  # type: ignore[index]
+
+
+torch.library.custom_op("tfmq::linear_static", linear_static, mutates_args=()).register_fake(_like_linear)
+torch.library.custom_op("tfmq::linear_dynamic", linear_dynamic, mutates_args=()).register_fake(_like_linear)
+torch.library.custom_op("tfmq::conv2d_static", conv2d_static, mutates_args=()).register_fake(_like_conv)

@@ -1,0 +1,225 @@
+"""Which tile a product runs with: candidates by reason, timed once per shape on a GPU, kept on disk.
+
+`triton_tiles.json` ships the candidates per compute capability. An estimate orders them for a shape; the first runs
+where nothing may be timed (a CUDA graph is being captured, or there is no GPU).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+FORMAT = 1  # of the file; raised when the kernels change so that old times mean nothing
+TRIED = 6  # candidates timed per shape
+SPLITS = (1, 2, 4, 8)
+SHIPPED = Path(__file__).with_name("triton_tiles.json")
+
+
+class Tile(NamedTuple):
+    """m, n, k: of the block of the product that a program works on at a time; split: programs that share the columns
+    of one block; warps, stages: of a program."""
+
+    m: int
+    n: int
+    k: int
+    split: int
+    warps: int
+    stages: int
+
+
+class Shape(NamedTuple):
+    """A product [m, c * taps] x [n, c * taps]. kind: what else tells kernels apart, such as "conv int4 float16"."""
+
+    kind: str
+    m: int
+    n: int
+    c: int
+    taps: int
+
+
+class Machine(NamedTuple):
+    """The GPU: its name, compute capability and number of multiprocessors."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+
+@lru_cache
+def machine(device: torch.device) -> Machine:
+    """The machine of a CUDA device; for any other an invented small one (Triton's interpreter)."""
+    if device.type != "cuda":
+        return Machine(device.type, (8, 0), 4)
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.name, (found.major, found.minor), found.multi_processor_count)
+
+
+@lru_cache
+def _families() -> dict[int, list[list[int]]]:
+    families = json.loads(SHIPPED.read_text(encoding="utf-8"))["tiles"]
+    return {int(capability): tiles for capability, tiles in families.items()}
+
+
+def tiles_of(capability: tuple[int, int]) -> list[Tile]:
+    """The shipped tiles of the newest family that is not newer than the GPU, none of them split."""
+    families = _families()
+    wanted = capability[0] * 10 + capability[1]
+    m_n_k_warps_stages = families[max([c for c in families if c <= wanted], default=min(families))]
+    return [Tile(m, n, k, 1, warps, stages) for m, n, k, warps, stages in m_n_k_warps_stages]
+
+
+def candidates(shape: Shape, at: Machine) -> list[Tile]:
+    """Shipped tiles, split in all the ways that make sense, quickest first by `estimate`."""
+    found = []
+    for tile in tiles_of(at.capability):
+        steps = shape.taps * -(-shape.c // tile.k)
+        # Under 8 steps the pipeline of loads never fills.
+        found += [tile._replace(split=s) for s in SPLITS if s == 1 or steps >= 8 * s]
+    return sorted(found, key=lambda tile: estimate(shape, tile, at))
+
+
+def estimate(shape: Shape, tile: Tile, at: Machine) -> float:
+    """A time without a unit, to order tiles by: rounds of programs over the GPU, each with its steps over the columns,
+    each step with its multiplications and its loads; a split writes its shares out and reads them back."""
+    programs = -(-shape.m // tile.m) * -(-shape.n // tile.n) * tile.split
+    rounds = -(-programs // at.processors)
+    steps = -(-shape.taps * -(-shape.c // tile.k) // tile.split)
+    # A byte from the L2 cache takes about as long as 48 multiplications; 12 steps to start and to end a program.
+    step = max(tile.m * tile.n * tile.k, 48 * (tile.m + tile.n) * tile.k)
+    shares = 0 if tile.split == 1 else 8 * (2 * tile.split + 1) * shape.m * shape.n * 48 / at.processors
+    return rounds * (steps + 12) * step + shares
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may be timed then, nor anything synchronized."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Tuner:
+    """Remembers the tile of every shape, in memory and in a file. path: of the file; None keeps nothing on disk.
+
+    `enabled`: whether shapes that nothing is known of are timed; set it to False to take the estimate.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.enabled = True
+        self._known: dict[tuple[Shape, Machine], Tile] = {}
+        self._on_disk: dict[str, list[int]] | None = None
+
+    def choose(self, shape: Shape, at: Machine, time: Callable[[Tile], float] | None) -> Tile:
+        """The tile for a shape. time: runs a tile and says how long it took; None where nothing can be timed."""
+        known = self._known.get((shape, at))
+        if known is not None:
+            return known
+        ordered = candidates(shape, at)
+        kept = self._disk().get(_key(shape, at))
+        if kept is not None and tuple(kept) in {tuple(tile) for tile in ordered}:
+            tile = Tile(*kept)
+        elif time is None or not self.enabled or capturing():
+            return ordered[0]  # not remembered: a later call may be free to time
+        else:
+            best = quickest(_worth_timing(ordered), time)
+            if best is None:
+                return ordered[0]
+            tile = best
+            self._keep(_key(shape, at), tile)
+        self._known[shape, at] = tile
+        return tile
+
+    def forget(self) -> None:
+        """Read the file anew at the next call."""
+        self._known.clear()
+        self._on_disk = None
+
+    def _disk(self) -> dict[str, list[int]]:
+        if self._on_disk is None:
+            self._on_disk = read(self.path)
+        return self._on_disk
+
+    def _keep(self, key: str, tile: Tile) -> None:
+        if self.path is None:
+            return
+        merged = {**read(self.path), key: list(tile)}  # another process may have written meanwhile
+        self._on_disk = merged
+        try:
+            write(self.path, merged)
+        except OSError as error:
+            logging.debug("TFMQ: kernel times are not kept in %s: %s", self.path, error)
+
+
+def quickest(tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Tile | None:
+    """The tile with the least time; one that does not compile, does not fit or runs out of memory is left out. None
+    where no tile runs."""
+    best: tuple[float, Tile] | None = None
+    for tile in tiles:
+        try:
+            took = time(tile)
+        except Exception as error:  # Triton's errors for what does not fit have no base class of their own
+            logging.debug("TFMQ: %s cannot be timed: %s", tile, error)
+            continue
+        if best is None or took < best[0]:
+            best = took, tile
+    return None if best is None else best[1]
+
+
+def _worth_timing(ordered: list[Tile]) -> list[Tile]:
+    """The first few, of every block at most two splits."""
+    seen: dict[Tile, int] = {}
+    out = []
+    for tile in ordered:
+        block = tile._replace(split=1)
+        seen[block] = seen.get(block, 0) + 1
+        if seen[block] <= 2:
+            out.append(tile)
+    return out[:TRIED]
+
+
+def _key(shape: Shape, at: Machine) -> str:
+    return f"{at.name} | {shape.kind} | {shape.m} x {shape.n} x {shape.taps} * {shape.c}"
+
+
+def read(path: Path | None) -> dict[str, list[int]]:
+    """The kept tiles; nothing of a file that is missing, damaged or of another format."""
+    if path is None:
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["format"] != FORMAT:
+            return {}
+        return {str(key): [int(value) for value in tile] for key, tile in kept["tiles"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def write(path: Path, tiles: dict[str, list[int]]) -> None:
+    """Write the file whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, "tiles": tiles}, file, indent=0)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def cache_file() -> Path:
+    """`kernels.json` in the user's cache folder."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tfmq" / "kernels.json"
