@@ -26,6 +26,7 @@ from .quantizer import channel_scale, dequantize_weight, quantize_rows, quantize
 LARGEST, SMALLEST = 256, 16
 OUTPUTS = 32  # rows of a weight that its error is measured on
 GROUP = 32  # of 4-bit weights there
+PERMUTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a kind with (more) permutations is taken
 
 
 def group_of(channels: int) -> int:
@@ -94,7 +95,8 @@ def choose_rotation(rows: Tensor, reach: Tensor, weight: Tensor, group: int) -> 
         x, w = rotate(rows, group, permutations), rotate(weight, group, permutations)
         codes, scale, offset = quantize_rows(x)
         error = float((codes * scale + offset - x).square().sum())
-        if error < least:
+        # A permutation is a gather at every call: it must pay for itself.
+        if error < least * (1.0 if permutations is None else PERMUTATION_WORTHWHILE):
             found, least, errors = permutations, error, weight_errors(x, w)
     return found, torch.stack([plain, errors])
 

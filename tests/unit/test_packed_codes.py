@@ -57,6 +57,12 @@ def test_copies_are_plain(made) -> None:
         assert type(twin) is torch.Tensor and torch.equal(twin, codes)
 
 
-def test_nobody_writes_to_them(made) -> None:
-    with pytest.raises(RuntimeError, match="replace the weight"):
-        made[1].zero_()
+def test_nobody_writes_other_codes_to_them(made) -> None:
+    codes, packed = made
+    with torch.inference_mode():  # as the host does, when it puts back what it saved before a hook
+        assert packed.copy_(codes) is packed
+        packed.detach().copy_(packed)
+        for write in (lambda: packed.copy_(-codes), packed.zero_):
+            with pytest.raises(RuntimeError, match="replace the weight"):
+                write()
+    assert torch.equal(packed, codes)

@@ -94,6 +94,9 @@ def run(
     if preset != driver.NEAREST:
         comfy.model_management.load_models_gpu([clone])
     clone.pre_run()
+    # Some of the host's kernels have no gradient; while this is set it takes others.
+    training = comfy.model_management.in_training
+    comfy.model_management.in_training = True
     try:
         return driver.reconstruct(
             patcher.model.diffusion_model, layers, weight, replay.source(), preset, device=device, progress=tell,
@@ -101,6 +104,7 @@ def run(
             **({"dtype": dtype} | options),
         )  # fmt: skip
     finally:
+        comfy.model_management.in_training = training
         clone.cleanup()
 
 

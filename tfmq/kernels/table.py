@@ -65,7 +65,7 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
 
 # Measured dynamic costs: bench/dynamic_cost.py.
 BACKENDS = (
-    Backend("onednn", onednn, _onednn, 1.5),
+    Backend("onednn", onednn, _onednn, 2.0),
     # Not measured: a row is read once more, out of the cache.
     Backend("triton", triton_backend, _triton, 1.1),
     Backend("int_mm", int_mm, _int_mm, 1.2),

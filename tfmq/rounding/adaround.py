@@ -107,7 +107,8 @@ def fit(call: Call, part: Group, dtype: torch.dtype, prepare: Callable[[], None]
     """Backward of the loss of some samples. prepare: sets the layers' trained tensors, before every forward."""
     prepare()
     try:
-        loss(call(part.args, part.kwargs, part.rows, dtype), part.targets).backward()
+        args, kwargs = tree.map_tensors((part.args, part.kwargs), Tensor.clone)  # a unit may write to its inputs
+        loss(call(args, kwargs, part.rows, dtype), part.targets).backward()
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise

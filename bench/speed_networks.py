@@ -1,0 +1,203 @@
+"""What bench/speed.py compares: one UNet with random weights in every representation, as functions of no argument.
+
+Everything here needs torch alone, but for the contenders that are somebody else's: they are left out, with a sentence,
+where their package is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import unet
+from tfmq.calibration import Calibration
+from tfmq.decide import decide
+from tfmq.errors import TfmqError
+from tfmq.files import read_calibration, write_calibration
+from tfmq.kernels.geometry import Geometry, geometry_of
+from tfmq.kernels.table import LINEAR_DYNAMIC, pick
+from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
+from tfmq.observe import ModelObserver
+from tfmq.packed_codes import PackedCodes
+from tfmq.scheme import PRESETS
+from tfmq.solve import solve_layer
+from tfmq.temporal.tib import boundary_layers, find_tib
+from tfmq.timeline import Clock, Partition, TimeAxis
+
+BATCH = 2
+INTERVALS = 1  # of the time axis: random weights have no course over time
+OURS = "ours_w8a8"
+
+
+class Missing(Exception):
+    """This contender cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`step`: one call of the network. `resident`: bytes of everything that it keeps. `notes`: for people."""
+
+    step: Callable[[], Any]
+    resident: int
+    notes: str = ""
+
+
+def default_contenders(device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return [OURS, "ours_w4a8", "fp32", "bf16", "openvino_fp32", "openvino_int8"]
+    return [OURS, "ours_w4a8", "fp32", "fp16", "fp16_compiled", "bf16", "bf16_compiled"]
+
+
+def build(name: str, model: str, device: torch.device, cache: Path) -> Contender:
+    """Raises Missing. cache: a folder for calibrations and converted networks, so that a second run starts sooner."""
+    config = unet.CONFIGS[model]
+    if name.startswith("openvino"):
+        return _openvino(name, config, cache / model)
+    if name.startswith("ours"):
+        return _ours("W8A8" if name == OURS else "W4A8", config, device, cache / model)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kind, _, compiled = name.partition("_")
+    if kind not in dtypes:
+        raise Missing(f"there is no contender {name}")
+    network = _float(config, device, dtypes[kind])
+    run: Any = torch.compile(network) if compiled else network
+    inputs = unet.inputs(config, BATCH, dtypes[kind], device)
+    return Contender(lambda: run(*inputs), resident(network))
+
+
+def _float(config: unet.Config, device: torch.device, dtype: torch.dtype) -> unet.UNetModel:
+    """Channels last in 16 bits; in float32 as it comes, which is how the host runs it."""
+    with torch.device("meta"):
+        network = unet.UNetModel(config)
+    network = network.to_empty(device="cpu").to(dtype)
+    unet.fill(network)
+    network = network.to(device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+
+def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -> Contender:
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    network = _float(config, device, dtype)
+    inputs = unet.inputs(config, BATCH, dtype, device)
+    axis, partition = TimeAxis(0.0, 999.0), Partition.uniform(INTERVALS)
+    keep = dict.fromkeys(find_tib(network).layers, "temporal path")
+    keep |= {path: f"{which} layer" for path, which in boundary_layers(network).items()}
+    layers = {path: m for path, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    file = cache.with_suffix(".calibration.safetensors")
+    try:
+        calibration = read_calibration(file)
+    except TfmqError:
+        watched = [(path, module) for path, module in layers.items() if path not in keep]
+        calibration = _observe(network, watched, Clock(axis, partition), inputs)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_calibration(file, calibration)
+    kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in layers.items()}
+    cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
+    plan = decide(PRESETS[recipe], calibration, kinds, keep, cost)
+    clock = Clock(axis, partition)
+    for path, scheme in plan.layers.items():
+        module = layers.pop(path)
+        state = solve_layer(scheme, calibration.layers[path], module.weight, plan.recipe.ranges)
+        leaf = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+        geometry = geometry_of(module)
+        assert isinstance(geometry, Geometry)
+        parent, _, own = path.rpartition(".")
+        setattr(network.get_submodule(parent), own, leaf(state, geometry, clock, module.bias))
+        del module
+    clock.set(inputs[1])
+    labels = [scheme.label for scheme in plan.layers.values()]
+    notes = ", ".join(f"{labels.count(label)} {label}" for label in sorted(set(labels)))
+    network(*inputs)  # packs the weights
+    gc.collect()
+    return Contender(lambda: network(*inputs), resident(network), f"{notes}; {len(plan.left)} in float")
+
+
+def _observe(
+    network: nn.Module, layers: Iterable[tuple[str, nn.Module]], clock: Clock, inputs: tuple[Any, ...]
+) -> Calibration:
+    observer = ModelObserver(layers, clock)
+    with observer:
+        for stage in range(2):
+            observer.start_call(inputs[1])
+            network(*inputs)
+            if stage == 0:
+                observer.end_first_stage()
+    return Calibration("random weights", "", clock.axis, clock.partition, observer.statistics(), {})
+
+
+def _openvino(name: str, config: unet.Config, cache: Path) -> Contender:
+    try:
+        import openvino
+    except ImportError:
+        raise Missing("openvino is not installed") from None
+    core = openvino.Core()
+    kind = name.removeprefix("openvino_")
+    inputs = [x for x in unet.inputs(config, BATCH, torch.float32, torch.device("cpu")) if x is not None]
+    file = _openvino_file(kind, config, inputs, cache, openvino)
+    # It may choose the precision between the integer layers itself; of fp32 it may not make anything else.
+    hint = {"INFERENCE_PRECISION_HINT": "f32"} if kind == "fp32" else {}
+    compiled = core.compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hint})
+    arrays = [x.numpy() for x in inputs]
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    size = file.with_suffix(".bin").stat().st_size
+    return Contender(lambda: compiled(arrays), size, f"OpenVINO {openvino.__version__}, {precision} between layers")
+
+
+def _openvino_file(kind: str, config: unet.Config, inputs: list[Tensor], cache: Path, openvino: Any) -> Path:
+    """The converted network; int8 by NNCF's own post-training quantization of the float one, on one sample."""
+    file = cache.with_suffix(f".{kind}.xml")
+    if file.is_file():
+        return file
+    if kind == "fp32":
+        network = _float(config, torch.device("cpu"), torch.float32)
+        with torch.inference_mode(False), torch.no_grad():
+            model = openvino.convert_model(network, example_input=tuple(inputs))
+        del network
+    else:
+        try:
+            import nncf
+        except ImportError:
+            raise Missing("nncf is not installed") from None
+        whole = _openvino_file("fp32", config, inputs, cache, openvino)
+        data = nncf.Dataset([[x.numpy() for x in inputs]])
+        model = nncf.quantize(
+            openvino.Core().read_model(whole), data, subset_size=1, model_type=nncf.ModelType.TRANSFORMER
+        )
+    gc.collect()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, file, compress_to_fp16=False)
+    return file
+
+
+def resident(network: nn.Module) -> int:
+    """Bytes of all tensors that hang on a network, a kernel's own form of a weight included, each storage once."""
+    total, seen = 0, set()
+    for tensor in _tensors(network):
+        if isinstance(tensor, PackedCodes):
+            continue  # the prepared form is counted
+        if tensor.layout != torch.strided:  # oneDNN's own: its storage cannot be asked
+            total += tensor.numel() * tensor.element_size()
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+    for module in network.modules():
+        if isinstance(module, LeafCore) and module._prepared is not None:
+            yield from (part for part in module._prepared[2] if isinstance(part, Tensor))

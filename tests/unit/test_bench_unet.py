@@ -1,0 +1,63 @@
+"""The UNets that bench/speed.py measures are the published ones."""
+
+import pytest
+import torch
+
+from bench import speed, speed_networks, unet
+
+PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_as_many_parameters_as_the_published_network(model: str) -> None:
+    with torch.device("meta"):
+        network = unet.UNetModel(unet.CONFIGS[model])
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[model]
+
+
+def small() -> unet.Config:
+    return unet.Config(8, (1, 2), (1, 0), 1, 24, 16, True, 12, channels=32, blocks=1)
+
+
+def test_activations_keep_their_size() -> None:
+    config = small()
+    network = unet.UNetModel(config)
+    unet.fill(network)
+    with torch.no_grad():
+        y = network(*unet.inputs(config, 2, torch.float32, torch.device("cpu")))
+    assert y.shape == (2, 4, 8, 8)
+    assert 0.2 < float(y.std()) < 5
+
+
+def test_ours_is_quantized_and_close(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(unet.CONFIGS, "small", small())
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        want = speed_networks.build("bf16", "small", cpu, tmp_path).step().float()
+        for _ in range(2):  # the second time with the calibration of the first
+            ours = speed_networks.build(speed_networks.OURS, "small", cpu, tmp_path)
+            error = (ours.step().float() - want).norm() / want.norm()
+            assert 0 < error < 0.1
+    assert "W8A8" in ours.notes and ours.resident > 0
+
+
+def test_measure_names_what_it_left_out(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(unet.CONFIGS, "small", small())
+    monkeypatch.setitem(speed.SECONDS, "small", 60.0)
+    monkeypatch.setattr(speed, "CACHE", tmp_path)
+    with torch.inference_mode():
+        results: list[dict] = []
+        speed.measure("small", ["fp32", "unheard_of"], torch.device("cpu"), 2, results.append)
+    found = results[-1]
+    assert [r["rounds"] for r in results] == [1, 2]
+    assert found["rounds"] == 2 and set(found["ratio"]) == {"fp32"}
+    assert set(found["left_out"]) == {"unheard_of"}
+    assert set(found["median_s"]) == {"fp32", speed_networks.OURS}
+
+
+def test_merge_keeps_earlier_contenders() -> None:
+    old = {"rounds": 3, "median_s": {"a": 1.0, "b": 2.0}, "left_out": {"c": "missing"}}
+    new = {"rounds": 4, "median_s": {"a": 1.5, "c": 3.0}, "left_out": {}}
+    assert speed.merge(old, new) == {
+        "rounds": 4, "median_s": {"a": 1.5, "b": 2.0, "c": 3.0}, "left_out": {},
+    }  # fmt: skip
