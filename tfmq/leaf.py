@@ -65,8 +65,7 @@ class LeafCore(nn.Module):
         if not self.scheme.rotation:
             return self._run(x, prepared[2], self.inverse_balance, bias, run)
         rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
-        # A CPU multiplies bfloat16 several times as fast, and a Hadamard matrix is exact in it; what the result loses
-        # is a tenth of what the 8-bit codes do.
+        # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway.
         narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32
         rows = rotate(rows.to(narrow), self.scheme.rotation, self.permutations)
         return self._run(rows, prepared[2], None, bias, run).to(x.dtype)

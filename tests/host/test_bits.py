@@ -14,23 +14,11 @@ UNDER, AT = "best under a size", "smallest at a quality"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    few = pytest.MonkeyPatch()
-    few.setattr(bits, "INTERVALS", 2)
-    few.setattr(bits, "ROWS", 1)
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
+def few_samples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bits, "INTERVALS", 2)
+        patch.setattr(bits, "ROWS", 1)
         yield
-    few.undo()
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def handle(base):
-    return patchers.calibrate(base)
 
 
 def network_of(patcher):
@@ -52,11 +40,11 @@ def megabytes(patcher):
     return total / 1e6
 
 
-def test_a_size_is_kept_and_spent(base, handle, monkeypatch):
+def test_a_size_is_kept_and_spent(base, calibration, monkeypatch):
     before, weights = network_of(base), patchers.weights(base)
-    four, eight = patchers.quantize(base, handle, "W4A8"), patchers.quantize(base, handle)
+    four, eight = patchers.quantize(base, calibration, "W4A8"), patchers.quantize(base, calibration)
     size = (megabytes(four) + megabytes(eight)) / 2
-    mixed = patchers.quantize(base, handle, UNDER, size_mb=size)
+    mixed = patchers.quantize(base, calibration, UNDER, size_mb=size)
     assert 0.97 * size < megabytes(mixed) <= size * 1.0001
     assert widths(mixed)[4] and widths(mixed)[8]
     reference = patchers.sample(base)
@@ -67,41 +55,41 @@ def test_a_size_is_kept_and_spent(base, handle, monkeypatch):
     assert network_of(base) == before
     # Another size is an answer from the file.
     monkeypatch.setattr(bits, "_measure", None)
-    larger = patchers.quantize(base, handle, UNDER, size_mb=size * 1.05)
+    larger = patchers.quantize(base, calibration, UNDER, size_mb=size * 1.05)
     assert megabytes(larger) > megabytes(mixed)
 
 
-def test_a_quality_is_met_by_the_measured_errors(base, handle):
+def test_a_quality_is_met_by_the_measured_errors(base, calibration):
     sizes = {}
     for decibels in (20.0, 40.0):
-        mixed = patchers.quantize(base, handle, AT, quality_db=decibels)
+        mixed = patchers.quantize(base, calibration, AT, quality_db=decibels)
         errors = [why.split(": ")[1] for why in mixed.attachments["tfmq"].plan.reasons.values()]
         assert all("bits" in text for text in errors)
         sizes[decibels] = megabytes(mixed)
     assert sizes[20.0] < sizes[40.0]
 
 
-def test_what_cannot_be_met_says_what_can(base, handle):
+def test_what_cannot_be_met_says_what_can(base, calibration):
     with pytest.raises(patchers.TfmqError, match=r"size of 0\.1 MB cannot be met: the smallest .* is \d+\.\d MB"):
-        patchers.quantize(base, handle, UNDER, size_mb=0.1)
+        patchers.quantize(base, calibration, UNDER, size_mb=0.1)
     with pytest.raises(patchers.TfmqError, match="every layer stays in float"):
-        patchers.quantize(base, handle, UNDER, size_mb=1e5)
+        patchers.quantize(base, calibration, UNDER, size_mb=1e5)
     with pytest.raises(patchers.TfmqError, match="set size_mb"):
-        patchers.quantize(base, handle, UNDER)
+        patchers.quantize(base, calibration, UNDER)
 
 
-def test_the_report_comes_back_as_a_plan(base, handle):
+def test_the_report_comes_back_as_a_plan(base, calibration):
     with torch.inference_mode():
-        first, _, report = patchers.nodes.Quantize.execute(base, handle, "W4A8").args
-    again = patchers.quantize(base, handle, "W4A8", plan=report)
+        first, _, report = patchers.nodes.Quantize.execute(base, calibration, "W4A8").args
+    again = patchers.quantize(base, calibration, "W4A8", plan=report)
     plan = first.attachments["tfmq"].plan
     assert again.attachments["tfmq"].plan == plan
     assert torch.equal(patchers.sample(again), patchers.sample(first))
     data = json.loads(report)
     path = next(iter(data["plan"]["layers"]))
     data["plan"]["layers"][path] = 8
-    changed = patchers.quantize(base, handle, "W4A8", plan=json.dumps(data)).attachments["tfmq"].plan
+    changed = patchers.quantize(base, calibration, "W4A8", plan=json.dumps(data)).attachments["tfmq"].plan
     assert {p for p, s in changed.layers.items() if s != plan.layers[p]} == {path}
     assert changed.layers[path].weight_bits == 8
     with pytest.raises(patchers.TfmqError, match="layer nowhere, which this model does not have"):
-        patchers.quantize(base, handle, "W4A8", plan='{"layers": {"nowhere": 4}}')
+        patchers.quantize(base, calibration, "W4A8", plan='{"layers": {"nowhere": 4}}')

@@ -13,35 +13,19 @@ store = patchers.module("tfmq.host.store")
 RECIPES = ("W4A8", "W4A16")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
-@pytest.fixture(scope="module")
-def handle(base):
-    return patchers.calibrate(base)
-
-
 @pytest.fixture(scope="module", params=RECIPES)
-def quantized(base, handle, request):
-    return patchers.quantize(base, handle, request.param)
+def quantized(base, calibration, request):
+    return patchers.quantize(base, calibration, request.param)
 
 
 def fours(patcher):
     return {path: leaf for path, leaf in patchers.leaves(patcher).items() if leaf.scheme.weight_bits == 4}
 
 
-def test_four_bits_are_near_and_eight_nearer(base, handle, quantized):
+def test_four_bits_are_near_and_eight_nearer(base, calibration, quantized):
     reference = patchers.sample(base)
     four = patchers.distance(patchers.sample(quantized), reference)
-    eight = patchers.distance(patchers.sample(patchers.quantize(base, handle)), reference)
+    eight = patchers.distance(patchers.sample(patchers.quantize(base, calibration)), reference)
     assert eight < four < 0.2
     assert {leaf.geometry.is_conv for leaf in fours(quantized).values()} == {True, False}
 

@@ -26,17 +26,6 @@ BITS = 4 + 16 / 64
 installed = pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be installed here: no NF4 and FP4")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
 @pytest.fixture(scope="module")
 def calibration(base):
     return patchers.calibrate(base).load()

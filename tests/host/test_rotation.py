@@ -17,17 +17,6 @@ decide = patchers.module("tfmq.decide")
 scheme = patchers.module("tfmq.scheme")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    with patchers.files_in(tmp_path_factory.mktemp("host")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base():
-    return patchers.load()
-
-
 @pytest.fixture(scope="module")
 def calibration(base):
     """Two of three Linears get random permutations, so that all kinds are there."""
