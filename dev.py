@@ -57,9 +57,10 @@ def test(python: str, pytest_arguments: list[str]) -> int:
     print("== pytest", flush=True)
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", flush=True)
-    # All tests share two processes, a file at a time: most of them wait more than they compute.
+    # All tests share two processes, a file at a time, with a thread each.
     shared = [] if pytest_arguments else ["-n", "2", "--dist", "loadfile"]
-    return run([python, "-m", "pytest", *shared, *pytest_arguments]) or int(bool(failed))
+    threads = {"OMP_NUM_THREADS": "1"} if shared else {}
+    return run([python, "-m", "pytest", *shared, *pytest_arguments], **threads) or int(bool(failed))
 
 
 def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: list[str], started_in: Path) -> int:
@@ -90,9 +91,9 @@ def demo_checkpoint(python: str) -> str:
     return answer.stdout.strip().splitlines()[-1]
 
 
-def run(command: list[str]) -> int:
-    """Run to the end; a command is not left behind when this process is told to end."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+def run(command: list[str], **variables: str) -> int:
+    """Run to the end, with `variables` in its environment; it is not left behind when this process is told to end."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(**variables))
     try:
         return process.wait()
     finally:

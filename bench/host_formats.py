@@ -51,15 +51,14 @@ def w4a4_model(patcher: ModelPatcher, paths: Iterable[str]) -> tuple[ModelPatche
 
 def nf4_model(patcher: ModelPatcher) -> ModelPatcher:
     """A clone with all Linear layers in NF4 with nested statistics, as `bitsandbytes.nn.Linear4bit` makes them."""
+    _release(patcher)
     network = patcher.model.diffusion_model
     paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     return _replaced(patcher, paths, Nf4Linear)
 
 
 def _replaced(patcher: ModelPatcher, paths: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> ModelPatcher:
-    # Another clone may have its layers in the shared network at this moment.
-    gc.collect()  # a model that dies while the host walks over its list would shift it
-    comfy.model_management.unload_model_and_clones(patcher)
+    _release(patcher)
     clone = patcher.clone()
     for path in paths:
         module = patcher.model.diffusion_model.get_submodule(path)
@@ -68,6 +67,12 @@ def _replaced(patcher: ModelPatcher, paths: Iterable[str], make: Callable[[nn.Li
     # Without a new one the host takes the layers for loaded.
     clone.patches_uuid = uuid.uuid4()
     return clone
+
+
+def _release(patcher: ModelPatcher) -> None:
+    """Another clone may have its layers in the shared network at this moment."""
+    gc.collect()  # a model that dies while the host walks over its list would shift it
+    comfy.model_management.unload_model_and_clones(patcher)
 
 
 def rotation_of(inputs: int) -> int | None:

@@ -66,7 +66,8 @@ def test_quality_writes_every_entry_of_both_variants(tmp_path):
         for name in ("host_int8", "host_int8_convrot", "host_convrot_w4a4", "bitsandbytes_nf4"):  # nothing kept twice
             assert part[name]["resident_bytes"] < part["float16"]["resident_bytes"]
         assert part["host_convrot_w4a4"]["bytes"] < part["host_int8"]["bytes"]
-        assert part["host_convrot_w4a4"]["layers"] > 0 and part["bitsandbytes_nf4"]["layers"] > 0
+        # NF4 takes the temporal Linears as well.
+        assert part["bitsandbytes_nf4"]["layers"] > part["host_convrot_w4a4"]["layers"] > 0
         assert part["ours_w4a16"]["bytes"] < 0.75 * part["ours_w8a8"]["bytes"]
     # Two prompts of three steps calibrate little, but outliers must not hurt: that is what the balance is for.
     assert result["outliers"]["ours_w8a8"]["psnr_db"] > result["outliers"]["host_int8"]["psnr_db"]
