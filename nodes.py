@@ -219,7 +219,8 @@ class Quantize(io.ComfyNode):
                     "effort", options=list(ROUNDINGS), default=ROUNDINGS[0], optional=True,
                     tooltip=(
                         "How long, for 4-bit weights. nearest: seconds. fast: rounding that makes up for its own "
-                        "errors. balanced: rounding learnt block by block, minutes. best: the same for hours."
+                        "errors. balanced: and for those of the layers before, scales tuned block by block, minutes. "
+                        "best: rounding learnt block by block as well, hours."
                     ),
                 ),
                 io.Combo.Input(

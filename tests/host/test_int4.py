@@ -7,6 +7,7 @@ import torch
 
 from support import loras, patchers
 
+import comfy.lora  # isort: skip
 import comfy.utils  # isort: skip
 
 store = patchers.module("tfmq.host.store")
@@ -70,6 +71,24 @@ def test_a_lora_comes_and_goes(quantized, tmp_path):
     assert patchers.distance(changed, plain) > 1e-3
     assert all(torch.equal(leaf.weight._qdata, before[path]) for path, leaf in found.items())
     assert torch.equal(patchers.sample(quantized), plain)
+
+
+@pytest.mark.parametrize("recipe", ["W4A8", "smallest at a quality"])
+def test_a_lora_before_it_is_merged_once(base, recipe):
+    """Rounding and measuring load the model, patches merged; the weight that is rounded must not get them again."""
+    ends = "attn1.to_q.weight"
+    keys = {key: weight for key, weight in patchers.weights(base).items() if key.endswith(ends)}
+    found = {key.removeprefix("diffusion_model.").removesuffix(".weight"): weight for key, weight in keys.items()}
+    patched = loras.apply(base, loras.kohya({path: weight.shape for path, weight in found.items()}, size=1.0), 1.0)
+    quantized = patchers.quantize(patched, patchers.calibrate(patched, 4), recipe, effort="fast", quality_db=12.0)
+    assert found
+    for path, weight in found.items():
+        key = f"diffusion_model.{path}.weight"
+        merged = comfy.lora.calculate_weight(patched.patches[key], weight.float().clone(), key)
+        assert patchers.distance(weight, merged) > 0.5
+        leaf = patchers.leaves(quantized)[path]
+        assert leaf.scheme.weight_bits == 4
+        assert patchers.distance(leaf.weight.dequantize(), merged) < 0.2
 
 
 def test_a_copy_is_its_own(quantized):

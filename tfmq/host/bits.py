@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from ..budget import Option, fewest_bytes, least_error, total_error, total_size
+from ..budget import Option, fewest_bytes, least_error
 from ..calibration import Calibration
 from ..decide import decide, scheme_of
 from ..errors import TfmqError
@@ -29,7 +29,7 @@ from ..timeline import Clock
 from .calibrate import FOLDER
 from .clock import ClockWrapper
 from .leaf import make_leaf
-from .model import PREFIX, candidates, float_weight
+from .model import PREFIX, candidates, float_weight, release
 from .reconstruct import Replay
 
 FLOAT = 16
@@ -59,7 +59,9 @@ def mixed_plan(
     for path, scheme in eight.layers.items():
         four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, cost)
         options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
-    choices = _measured(patcher, calibration, recipe, options, geometries, progress)
+    asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
+    question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)
+    choices = _kept(question, lambda: _measure(patcher, calibration, recipe, options, geometries, progress))
     rest = 2 * sum(p.numel() for p in network.parameters()) - sum(
         next(o.size for o in found if o.bits == FLOAT) for found in choices.values()
     )
@@ -95,26 +97,8 @@ def _solved(recipe: Recipe, choices: Mapping[str, list[Option]], rest: int) -> d
     return plan
 
 
-def predicted(plan: Plan, choices: Mapping[str, list[Option]]) -> tuple[int, float]:
-    """Bytes and summed squared error of the layers of a plan, by the choices."""
-    picked = {}
-    for path, options in choices.items():
-        bits = plan.layers[path].weight_bits if path in plan.layers else FLOAT
-        picked[path] = next(option for option in options if option.bits == bits)
-    return total_size(picked), total_error(picked)
-
-
-def _measured(
-    patcher: ModelPatcher,
-    calibration: Calibration,
-    recipe: Recipe,
-    options: Mapping[str, Mapping[int, Scheme]],
-    geometries: Mapping[str, Geometry],
-    progress: Callable[[int, int], None],
-) -> dict[str, list[Option]]:
+def _kept(question: str, measure: Callable[[], dict[str, list[Option]]]) -> dict[str, list[Option]]:
     """Path -> options, from the file of an identical question or measured."""
-    asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
-    question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)
     name = hashlib.sha256(question.encode()).hexdigest()[:24]
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
     if path.exists():
@@ -123,7 +107,7 @@ def _measured(
             return {layer: [Option(*option) for option in found] for layer, found in known.items()}
         except (TfmqError, KeyError, TypeError, AttributeError):
             pass  # damaged: measure anew
-    found = _measure(patcher, calibration, recipe, options, geometries, progress)
+    found = measure()
     write(path, {}, {"kind": KIND, "choices": found})
     return found
 
@@ -179,6 +163,7 @@ def _measure(
                 progress(done, total)
     finally:
         clone.cleanup()
+        release(patcher)
     return out
 
 

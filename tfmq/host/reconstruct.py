@@ -30,7 +30,7 @@ from ..scheme import INT, STATIC, Plan
 from ..solve import Rounded, as_multiplied
 from ..temporal.tdq import over_time
 from .calibrate import FOLDER
-from .model import PREFIX, candidates, float_weight, update_digest
+from .model import PREFIX, candidates, float_weight, release, update_digest
 
 Progress = Callable[[int, int, float], None]
 
@@ -106,6 +106,7 @@ def run(
     finally:
         comfy.model_management.in_training = training
         clone.cleanup()
+        release(patcher)
 
 
 def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> dict[str, Layer]:
@@ -172,7 +173,7 @@ class Replay:
 
 
 def _folder(calibration: Calibration, plan: Plan, preset: str, dtype: torch.dtype, options: dict[str, Any]) -> Path:
-    words = f"{VERSION} {preset} {dtype} {options} {calibration.model} {calibration.sampling}"
+    words = f"{VERSION} {preset} {driver.SETTINGS[preset]} {dtype} {options} {calibration.model} {calibration.sampling}"
     digest = hashlib.sha256(words.encode())
     digest.update(json.dumps({path: asdict(scheme) for path, scheme in plan.layers.items()}).encode())
     digest.update(json.dumps([plan.recipe.ranges, calibration.settings], default=str).encode())

@@ -35,7 +35,6 @@ from .model import (
     fingerprint,
     float_weight,
     kept_in_float,
-    release,
     require_float_model,
     sampling_kind,
 )
@@ -106,7 +105,6 @@ def quantize(
     nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
     rounded = _rounded(patcher, calibration, plan, progress)
-    release(patcher)  # measuring and rounding ran the float network: what they loaded must not be merged twice
 
     clone = patcher.clone()
     clock = Clock(calibration.axis, calibration.partition)

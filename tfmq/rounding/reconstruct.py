@@ -42,7 +42,6 @@ SETTINGS = {
 BUDGET = 4 << 30  # bytes of collected inputs, outputs and normal equations
 # Rows per pass: odd numbers that no other dimension of a tensor is likely to be a multiple of.
 BATCHES = (31, 17, 7, 5, 3, 2)
-LANES = 16  # passes in flight
 LEAST_ROWS = 8
 HELD_OUT = 8  # one batch in so many judges and does not teach
 POSITIONS = 16384  # of the normal equations of one layer, or four times its columns if that is more
