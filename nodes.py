@@ -220,7 +220,8 @@ class Quantize(io.ComfyNode):
                     tooltip=(
                         "How long, for 4-bit weights. nearest: seconds. fast: rounding that makes up for its own "
                         "errors. balanced: and for those of the layers before, scales tuned block by block, minutes. "
-                        "best: rounding learnt block by block as well, hours."
+                        "best: rounding learnt block by block as well, hours. best+: balanced, then scales and time "
+                        "embedding fine-tuned against the float model's predictions, some minutes more."
                     ),
                 ),
                 io.Combo.Input(

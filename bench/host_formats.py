@@ -35,7 +35,7 @@ def int8_model(patcher: ModelPatcher, paths: Iterable[str], rotated: bool) -> Mo
     of input channels, in the largest group that divides a layer's inputs; none where none does.
     The patcher's model must be in float and hold no patches.
     """
-    return _replaced(patcher, paths, lambda linear: _int8_linear(linear, rotated))
+    return _replaced(patcher, paths, lambda linear: int8_linear(linear, rotated))
 
 
 def w4a4_model(patcher: ModelPatcher, paths: Iterable[str]) -> tuple[ModelPatcher, list[str]]:
@@ -80,7 +80,8 @@ def rotation_of(inputs: int) -> int | None:
     return next((size for size in ROTATIONS if inputs % size == 0), None)
 
 
-def _int8_linear(module: nn.Linear, rotated: bool) -> nn.Module:
+def int8_linear(module: nn.Linear, rotated: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One such layer; dtype: what it computes in around the integer product."""
     weight = module.weight.detach().float()
     options: dict[str, object] = {"format": "int8_tensorwise"}
     group = rotation_of(weight.shape[1]) if rotated else None
@@ -88,7 +89,7 @@ def _int8_linear(module: nn.Linear, rotated: bool) -> nn.Module:
         options |= {"convrot": True, "convrot_groupsize": group}
     rotation = {k: v for k, v in options.items() if k != "format"}
     codes = QuantizedTensor.from_float(weight, "TensorWiseINT8Layout", per_channel=True, **rotation)
-    return _host_linear(module, codes, options)
+    return _host_linear(module, codes, options, dtype)
 
 
 def _w4a4_linear(module: nn.Linear) -> nn.Module:
@@ -99,9 +100,10 @@ def _w4a4_linear(module: nn.Linear) -> nn.Module:
     return _host_linear(module, codes, {"format": "convrot_w4a4", "convrot_groupsize": group})
 
 
-def _host_linear(module: nn.Linear, codes: QuantizedTensor, options: dict[str, object]) -> nn.Module:
+def _host_linear(
+    module: nn.Linear, codes: QuantizedTensor, options: dict[str, object], dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The host's layer for a weight in one of its formats; options: what a file says of it."""
-    dtype = torch.float32
     operations = comfy.ops.mixed_precision_ops({}, dtype)
     layer = operations.Linear(module.in_features, module.out_features, module.bias is not None, codes.device, dtype)
     state = {
@@ -168,7 +170,7 @@ def _values(form: str, device: torch.device) -> Tensor:
 def stored_bytes(patcher: ModelPatcher) -> int:
     """Bytes of the diffusion model in a file: float parameters as float16, quantized layers with their codes, scales
     and activation tables."""
-    patches = {p.removeprefix(PREFIX): m for p, m in patcher.object_patches.items() if p.startswith(PREFIX)}
+    patches = _replacements(patcher)
     total = sum(_module_bytes(module) for module in patches.values())
     for path, module in patcher.model.diffusion_model.named_modules():
         if path not in patches:
@@ -197,7 +199,7 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     (activation tables), and what our kernels made of the weights and keep (packed forms, sums). Not counted: what the
     layers allocate while they compute.
     """
-    patches = {p.removeprefix(PREFIX): m for p, m in patcher.object_patches.items() if p.startswith(PREFIX)}
+    patches = _replacements(patcher)
     replaced = [m for path, m in patcher.model.diffusion_model.named_modules() if path not in patches]
     modules = [m for m in replaced if m not in set(patches.values())]
     modules += [inner for patch in patches.values() for inner in patch.modules()]
@@ -205,7 +207,7 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     total = 0
     for module in modules:
         held = [*module._parameters.values(), *module._buffers.values(), getattr(module, "_prepared", None)]
-        for tensor in _tensors(held):
+        for tensor in tensors_in(held):
             place = id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
             if place not in seen:
                 seen.add(place)
@@ -213,14 +215,20 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     return total
 
 
-def _tensors(value: object) -> list[Tensor]:
+def _replacements(patcher: ModelPatcher) -> dict[str, nn.Module]:
+    """Path in the network -> the layer that the MODEL has there instead of the network's own."""
+    patches = {p.removeprefix(PREFIX): m for p, m in patcher.object_patches.items() if p.startswith(PREFIX)}
+    return {path: module for path, module in patches.items() if isinstance(module, nn.Module)}
+
+
+def tensors_in(value: object) -> list[Tensor]:
     """All plain tensors in nested containers and records."""
     if isinstance(value, QuantizedTensor):
-        return [value._qdata, *_tensors([getattr(value._params, name) for name in value._params._tensor_fields()])]
+        return [value._qdata, *tensors_in([getattr(value._params, name) for name in value._params._tensor_fields()])]
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        return _tensors(list(value.values()))
+        return tensors_in(list(value.values()))
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return _tensors(vars(value)) if is_dataclass(value) else []
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return tensors_in(vars(value)) if is_dataclass(value) else []

@@ -172,6 +172,7 @@ MAKERS: dict[str, Maker] = {
     "ours_w4a8_fast": preset("W4A8", rounding="fast"),
     ABLATED: preset("W4A8", rounding="balanced"),
     BEST: preset("W4A8", rounding="best"),
+    "ours_w4a8_best_plus": preset("W4A8", rounding="best+"),
     "ours_w4a16": preset("W4A16 NF4"),
     MIXED: _mixed(5),
     "host_int8": _int8(False),

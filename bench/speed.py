@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench import unet
+from bench.speed_host import end_to_end
 from bench.speed_networks import OURS, Contender, Missing, build, default_contenders
 from bench.speed_operations import operations
 from tfmq.report import atomic
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", help="ours is always among them")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--operations", action="store_true", help="time single layers as well (CPU)")
+    parser.add_argument("--end-to-end", action="store_true", help="time a real ComfyUI as well")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     found: dict[str, Any] = {}
@@ -162,11 +164,17 @@ def main() -> None:
                 found[model] = merge(before, result)
                 write()
 
-            measure(model, names, device, arguments.rounds, keep)
-            for name, ratio in found[model]["ratio"].items():
+            if arguments.rounds:
+                measure(model, names, device, arguments.rounds, keep)
+            found.setdefault(model, {})
+            for name, ratio in found[model].get("ratio", {}).items():
                 print(f"{model:6s}{name:20s}{found[model]['median_s'][name]:8.3f} s {ratio:6.2f} x ours")
             if arguments.operations and device.type == "cpu":
                 found[model]["operations"] = operations(model)
+                write()
+            if arguments.end_to_end:
+                found[model]["end_to_end"] = end_to_end(model, device)
+                print(model, found[model]["end_to_end"], flush=True)
                 write()
             gc.collect()
 

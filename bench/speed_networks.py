@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import unet
+from devkit import inprocess
 from tfmq.calibration import Calibration
 from tfmq.decide import decide
 from tfmq.errors import TfmqError
@@ -25,6 +27,7 @@ from tfmq.kernels.table import LINEAR_DYNAMIC, pick
 from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
 from tfmq.observe import ModelObserver
 from tfmq.packed_codes import PackedCodes
+from tfmq.rowwise import in_blocks
 from tfmq.scheme import PRESETS
 from tfmq.solve import solve_layer
 from tfmq.temporal.tib import boundary_layers, find_tib
@@ -33,6 +36,7 @@ from tfmq.timeline import Clock, Partition, TimeAxis
 BATCH = 2
 INTERVALS = 1  # of the time axis: random weights have no course over time
 OURS = "ours_w8a8"
+HOST = "host_int8_convrot"
 
 
 class Missing(Exception):
@@ -50,8 +54,8 @@ class Contender:
 
 def default_contenders(device: torch.device) -> list[str]:
     if device.type == "cpu":
-        return [OURS, "ours_w4a8", "fp32", "bf16", "openvino_fp32", "openvino_int8"]
-    return [OURS, "ours_w4a8", "fp32", "fp16", "fp16_compiled", "bf16", "bf16_compiled"]
+        return [OURS, "ours_w4a8", "fp32", "bf16", "bf16_compiled", HOST, "openvino_fp32", "openvino_int8"]
+    return [OURS, "ours_w4a8", "fp32", "fp16", "fp16_compiled", "bf16", "bf16_compiled", HOST]
 
 
 def build(name: str, model: str, device: torch.device, cache: Path) -> Contender:
@@ -61,6 +65,8 @@ def build(name: str, model: str, device: torch.device, cache: Path) -> Contender
         return _openvino(name, config, cache / model)
     if name.startswith("ours"):
         return _ours("W8A8" if name == OURS else "W4A8", config, device, cache / model)
+    if name == HOST:
+        return _host(config, device)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     kind, _, compiled = name.partition("_")
     if kind not in dtypes:
@@ -102,8 +108,8 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         file.parent.mkdir(parents=True, exist_ok=True)
         write_calibration(file, calibration)
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in layers.items()}
-    cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
-    plan = decide(PRESETS[recipe], calibration, kinds, keep, cost)
+    backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
+    plan = decide(PRESETS[recipe], calibration, kinds, keep, backend.dynamic_cost, backend.rotation_cost)
     clock = Clock(axis, partition)
     for path, scheme in plan.layers.items():
         module = layers.pop(path)
@@ -115,6 +121,10 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         setattr(network.get_submodule(parent), own, leaf(state, geometry, clock, module.bias))
         del module
     clock.set(inputs[1])
+    if device.type == "cpu":
+        for part in network.modules():
+            if isinstance(part, unet.FeedForward):
+                vars(part)["forward"] = partial(in_blocks, part.net, width=part.width)
     labels = [scheme.label for scheme in plan.layers.values()]
     notes = ", ".join(f"{labels.count(label)} {label}" for label in sorted(set(labels)))
     network(*inputs)  # packs the weights
@@ -133,6 +143,25 @@ def _observe(
             if stage == 0:
                 observer.end_first_stage()
     return Calibration("random weights", "", clock.axis, clock.partition, observer.statistics(), {})
+
+
+def _host(config: unet.Config, device: torch.device) -> Contender:
+    """All Linear layers that ours quantizes in the host's own rotated int8; the rest as it was."""
+    try:
+        inprocess.use_host(device.type)
+        from bench.host_formats import int8_linear
+    except (ImportError, FileNotFoundError) as error:
+        raise Missing(f"no ComfyUI: {error}") from None
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    network = _float(config, device, dtype)
+    keep = {*find_tib(network).layers, *boundary_layers(network)}
+    linears = {path: m for path, m in network.named_modules() if isinstance(m, nn.Linear) and path not in keep}
+    for path, module in linears.items():
+        parent, _, own = path.rpartition(".")
+        setattr(network.get_submodule(parent), own, int8_linear(module, True, dtype).to(device))
+    inputs = unet.inputs(config, BATCH, dtype, device)
+    gc.collect()
+    return Contender(lambda: network(*inputs), resident(network), f"{len(linears)} layers int8")
 
 
 def _openvino(name: str, config: unet.Config, cache: Path) -> Contender:
@@ -196,8 +225,16 @@ def resident(network: nn.Module) -> int:
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
+    for parameter in network.parameters():
+        if hasattr(parameter, "layout_cls"):  # the host's: a record of tensors
+            from bench.host_formats import tensors_in
+
+            yield from tensors_in(parameter)
+        else:
+            yield parameter
     yield from network.buffers()
     for module in network.modules():
         if isinstance(module, LeafCore) and module._prepared is not None:
-            yield from (part for part in module._prepared[2] if isinstance(part, Tensor))
+            ready = module._prepared[2]
+            parts = ready if isinstance(ready, tuple) else vars(ready).values()
+            yield from (part for part in parts if isinstance(part, Tensor))

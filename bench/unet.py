@@ -103,6 +103,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels))
+        self.width = 8 * channels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

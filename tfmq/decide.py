@@ -12,7 +12,10 @@ time of a dynamic layer over a static one as the backend of this machine declare
 
 A Linear is rotated (`rotation`) where that lowers the squared error of its input, quantized as this rule says, or the
 sum of this and the weight's by a fifth or more, and does not raise the sum. In it the weight's counts
-`balance.WEIGHT_SHARE` times.
+`balance.WEIGHT_SHARE` times. The squared error of the rotated input is multiplied by the time of the layer with a
+rotation over that without one.
+
+Where the recipe leaves convolutions in float, these take most of the time, and neither cost is counted.
 
 A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
 a fifth or more (`guidance`). A convolution is always static: its inputs overlap, so that no scale per token exists.
@@ -45,11 +48,12 @@ def decide(
     layers: Mapping[str, str],
     keep: Mapping[str, str],
     dynamic_cost: float = 1.0,
+    rotation_cost: float = 0.0,
 ) -> Plan:
     """Choose a scheme for every layer.
 
     layers: path -> "linear" or "conv2d", all candidates in the model. keep: path -> why it must stay in float.
-    dynamic_cost: time of a dynamic layer over a static one on the backend in use.
+    dynamic_cost, rotation_cost: of the backend in use (`kernels.table.Backend`).
     Raises TfmqError if no layer at all can be quantized.
     """
     chosen: dict[str, Scheme] = {}
@@ -66,7 +70,7 @@ def decide(
         elif statistics.vector:
             left[path] = "one row per image: integers would save no time and cost precision everywhere"
         else:
-            chosen[path], reasons[path] = scheme_of(recipe, statistics, recipe.weight_bits, dynamic_cost)
+            chosen[path], reasons[path] = scheme_of(recipe, statistics, recipe.weight_bits, dynamic_cost, rotation_cost)
     if not chosen:
         raise TfmqError(
             f"Recipe {recipe.name} finds no layer to quantize in this model: the calibration saw "
@@ -76,7 +80,11 @@ def decide(
 
 
 def scheme_of(
-    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float = 1.0
+    recipe: Recipe,
+    statistics: LayerStatistics,
+    weight_bits: int,
+    dynamic_cost: float = 1.0,
+    rotation_cost: float = 0.0,
 ) -> tuple[Scheme, str]:
     """Scheme of one layer at so many bits per weight, and the reason in a line."""
     if recipe.weight_format != INT and statistics.kind == "linear" and (weight_bits, recipe.activation_bits) == (4, 16):
@@ -90,7 +98,7 @@ def scheme_of(
             note = f"; groups of {group}: {recipe.group} do not divide {statistics.shape[1]} input channels"
     if recipe.activation_bits == 16:
         return Scheme(weight_bits, 16, NONE, group=group), f"weight alone{note}"
-    activation, rotated, reason = _activation(recipe, statistics, weight_bits, dynamic_cost)
+    activation, rotated, reason = _activation(recipe, statistics, weight_bits, dynamic_cost, rotation_cost)
     seen = statistics.rotated if rotated and statistics.rotated is not None else statistics
     apart = activation == STATIC and recipe.branches_apart and seen.branches is not None
     apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
@@ -158,15 +166,19 @@ def tail_ratio(statistics: LayerStatistics) -> float:
 
 
 def _activation(
-    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float
+    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float, rotation_cost: float
 ) -> tuple[str, bool, str]:
     """Static or dynamic, whether rotated, and why."""
     if statistics.kind == "conv2d":
         return STATIC, False, "convolution"
+    if not recipe.convolutions:
+        dynamic_cost, rotation_cost = 1.0, 0.0
     choice, error, reason = _kind(recipe, statistics, dynamic_cost)
     if statistics.rotated is None:
         return choice, False, reason
     rotated_choice, rotated_error, _ = _kind(recipe, statistics.rotated, dynamic_cost)
+    time = dynamic_cost if rotated_choice == DYNAMIC else 1.0
+    rotated_error *= 1 + rotation_cost / time
     weights = 0.0, 0.0
     if statistics.weight_error is not None:
         plain, after = statistics.weight_error[:, 0 if weight_bits == 8 else 1].tolist()

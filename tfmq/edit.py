@@ -20,7 +20,14 @@ FLOAT = 16
 BITS = (4, 8, FLOAT)
 
 
-def edited(plan: Plan, text: str, calibration: Calibration, keep: Mapping[str, str], dynamic_cost: float = 1.0) -> Plan:
+def edited(
+    plan: Plan,
+    text: str,
+    calibration: Calibration,
+    keep: Mapping[str, str],
+    dynamic_cost: float = 1.0,
+    rotation_cost: float = 0.0,
+) -> Plan:
     """`plan` with the layers that `text` names as it says; the others stay as they were decided.
 
     text: JSON with an object `layers` (the report of TFMQ Quantize has one under `plan`): path -> 4, 8 or 16 bits per
@@ -52,7 +59,7 @@ def edited(plan: Plan, text: str, calibration: Calibration, keep: Mapping[str, s
             recipe = replace(recipe, activation_bits=8)
         if isinstance(given.get("group"), int) and given["group"] > 0:
             recipe = replace(recipe, group=given["group"])
-        decided, reason = scheme_of(recipe, statistics, int(bits), dynamic_cost)
+        decided, reason = scheme_of(recipe, statistics, int(bits), dynamic_cost, rotation_cost)
         scheme = _scheme(path, decided, given)
         _require_possible(path, scheme, statistics)
         if scheme != layers.get(path):

@@ -21,8 +21,8 @@ from .samples import Samples
 from .timeline import Partition, TimeAxis
 
 MANIFEST = "tfmq"
-VERSION = 2
-OPTIONAL = ("balance", "mean_square", "permutations", "weight_error")  # tensors that not every layer has
+VERSION = 3
+OPTIONAL = ("balance", "mean_square", "permutations", "weight_error", "rows")  # tensors that not every layer has
 ROTATED = "rotated_"  # before the names of a layer's tensors that are about its rotated input
 SAMPLES = "tfmq:samples:"  # before the names of a calibration's samples; no layer is called so
 CALIBRATION, MODEL = "calibration", "model"

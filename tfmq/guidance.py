@@ -36,6 +36,13 @@ def split(x: Tensor, branches: Sequence[int]) -> list[tuple[int, Tensor]]:
     return list(zip([b for b, _ in pieces], x.split([n for _, n in pieces]), strict=True))
 
 
+def branch_of_rows(batch: int, rows: int, branches: Sequence[int]) -> Tensor:
+    """Branch of each row of a tensor [batch * m, ...], int64 [rows]; where and how it is split: as in `split`."""
+    if len(set(branches)) < 2 or batch % len(branches):
+        return torch.full((rows,), branches[0] if branches else CONDITIONAL)
+    return torch.tensor(branches).repeat_interleave(rows // len(branches))
+
+
 def grids(histogram: Tensor, low: Tensor, high: Tensor, method: str, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Scale and zero point per branch and interval, [2, I]. histogram [2, I, B] over the bins of [low, high], [I]."""
     found = [affine_grid(*search_range(branch, low, high, method, bits), bits) for branch in histogram]

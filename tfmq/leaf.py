@@ -57,7 +57,8 @@ class LeafCore(nn.Module):
 
     def compute(self, x: Tensor, owner: object, codes: Tensor | Packed, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Run the layer on integer codes, int8 [N, K, ...] or packed. owner: what `codes` belong to; while it is the
-        same object, the prepared form of the weight is reused."""
+        same object, the prepared form of the weight is reused. None: they are here for this call alone, and nothing is
+        kept of them."""
         if x.numel() == 0:
             return self._empty(x)
         prepared = self._prepare(x.device, owner, codes, scale)
@@ -88,27 +89,34 @@ class LeafCore(nn.Module):
         self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor
     ) -> tuple[Any, Backend, Any]:
         prepared = self._prepared
-        if prepared is not None and prepared[0] is owner:
+        if prepared is not None and prepared[0] is owner is not None:
             return prepared
         if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
             prepared = self._prepared = (owner, codes.owner, codes.ready)
             return prepared
         backend = pick(self.operation, device, self.geometry)
-        if isinstance(codes, Tensor):
-            ready = backend.module.prepare(codes, scale, self.geometry)
-            prepared = self._prepared = (owner, backend, ready)
-            restore = getattr(backend.module, "restore", None)
-            if restore is not None:
-                self._keep_packed(codes, PackedCodes(codes, backend, ready, restore))
-        elif hasattr(backend.module, "prepare_packed"):
-            prepared = self._prepared = (owner, backend, backend.module.prepare_packed(codes, self.geometry))
-        else:
+        module = backend.module
+        if isinstance(codes, Packed) and not hasattr(module, "prepare_packed"):
             # Unpacked anew at every call: kept, it would take the memory that 4 bits are there to save.
-            prepared = (owner, backend, backend.module.prepare(codes.int8(), scale, self.geometry))
-        return prepared
+            return owner, backend, module.prepare(codes.int8(), scale, self.geometry)
+        if isinstance(codes, Packed):
+            ready = module.prepare_packed(codes, self.geometry)
+        else:
+            ready = module.prepare(codes, scale, self.geometry)
+        prepared = owner, backend, ready
+        if owner is None:
+            return prepared
+        self._prepared = prepared
+        if not isinstance(codes, Packed):
+            # The weight need not lie in memory twice.
+            if hasattr(module, "restore"):
+                self._keep(codes, PackedCodes(codes, backend, ready, module.restore))
+            elif hasattr(module, "view"):
+                self._keep(codes, module.view(ready))
+        return self._prepared
 
-    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
-        """Let go of `codes`, which `packed` can give back. Left undone by a leaf whose weight is not its own."""
+    def _keep(self, codes: Tensor, same: Tensor) -> None:
+        """Let go of `codes` for `same`, which has the same entries in the memory of the prepared form."""
 
     def _grid_now(
         self, device: torch.device, scale: Tensor, zero_point: Tensor, inverse_balance: Tensor | None
@@ -162,9 +170,10 @@ class _PlainLeaf(LeafCore):
         self.codes, self._prepared = plain(self.codes), None  # they are about to be written to
         super()._load_from_state_dict(*args)
 
-    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
-        self.codes = packed
-        self._prepared = (packed, packed.owner, packed.ready)
+    def _keep(self, codes: Tensor, same: Tensor) -> None:
+        assert self._prepared is not None
+        self.codes = same
+        self._prepared = (same, *self._prepared[1:])
 
     def dequantize(self) -> Tensor:
         """The float weight that the codes stand for, float32 [N, K, ...]."""

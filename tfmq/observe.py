@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .balance import choose_balance
 from .errors import TfmqError
-from .guidance import BRANCHES, WORTHWHILE, gain, split
+from .guidance import BRANCHES, WORTHWHILE, branch_of_rows, gain
+from .kernels.geometry import Geometry, geometry_of
 from .quantizer import quantize_rows
 from .rotation import choose_rotation, group_of, rotate
 from .scheme import Scheme
@@ -27,7 +28,7 @@ from .timeline import Clock
 BINS = 1024
 MARGIN = 0.25  # by how much a histogram reaches beyond the range of the first stage
 SAMPLE = 1 << 16  # entries of one input that enter the histogram; the ranges see all of them
-KEPT = 64  # rows of the first stage's inputs that a rotation is chosen by
+KEPT = 64  # rows of the inputs that a rotation is chosen by and a weight is rounded by
 OFFERED = 4  # rows of one input that may be among them
 
 
@@ -43,7 +44,9 @@ class LayerStatistics:
     rotated input (`rotation`), or None where the channels do not divide into blocks; permutations [1, K] or [2, K]:
     of that rotation, or None. weight_error [2, 2]: squared error of the weight, plain and rotated, in 8 and in 4 bits,
     on the scale on which the error of an input is relative (`rotation_choice`).
-    mean_square [K]: of the balanced input's channels. Intervals that no call visited have zero counts.
+    mean_square [K]: of the balanced input's channels. rows [R, K']: a sample of what the weight is multiplied by before
+    balance and rotation, bfloat16, in the order of `weight.flatten(1)`; None of a grouped convolution and of a vector.
+    Intervals that no call visited have zero counts.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class LayerStatistics:
     rotated: LayerStatistics | None = None
     permutations: Tensor | None = None
     weight_error: Tensor | None = None
+    rows: Tensor | None = None
 
     def under(self, scheme: Scheme) -> LayerStatistics:
         """The statistics of the input that is quantized: of the rotated one where the scheme says so."""
@@ -69,7 +73,7 @@ class LayerStatistics:
 
 
 class LayerObserver:
-    """Statistics of one Linear or Conv2d; constant memory of I * (2 K + 4 B) numbers, KEPT * K while it begins."""
+    """Statistics of one Linear or Conv2d; constant memory of I * (2 K + 4 B) + KEPT * K' numbers."""
 
     def __init__(self, module: nn.Module, intervals: int) -> None:
         weight = module.weight
@@ -92,8 +96,11 @@ class LayerObserver:
         self.bin_high = torch.zeros(intervals)
         self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
         self.group = group_of(channels) if self.kind == "linear" else 0
-        # All kinds of rotation are judged by the same rows, so half the bits will do.
-        self.kept = torch.zeros(KEPT if self.group else 0, channels, dtype=torch.bfloat16)
+        geometry = geometry_of(module)
+        self.geometry = geometry if isinstance(geometry, Geometry) and geometry.groups == 1 else None
+        width = weight[0].numel()
+        # A sample of directions, so half the bits will do.
+        self.kept = torch.zeros(KEPT if self.geometry else 0, width, dtype=torch.bfloat16)
         self.offered = 0
         self.random = Random(0)
         self.rotated: _Rotated | None = None
@@ -103,47 +110,62 @@ class LayerObserver:
         if x.numel() == 0:
             return
         self.calls += 1
-        for branch, piece in split(x.detach(), branches):
-            self._observe(piece, interval, branch)
-
-    def _observe(self, x: Tensor, interval: int, branch: int) -> None:
+        x = x.detach()
         rows = x.movedim(1, -1) if self.kind == "conv2d" else x
         rows = rows.reshape(-1, rows.shape[-1])
         self.vector &= x.dim() == 2
-        low, high = torch.aminmax(rows, dim=0)
-        low, high = low.float().cpu(), high.float().cpu()
+        # Not by `aminmax`, which takes ten times as long over the first dimension.
+        low, high = torch.stack([rows.amin(0), rows.amax(0)]).float().cpu()
         if not (bool(torch.isfinite(low).all()) and bool(torch.isfinite(high).all())):
             raise FloatingPointError
         self.low[interval] = torch.minimum(self.low[interval], low)
         self.high[interval] = torch.maximum(self.high[interval], high)
-        rows = self._sample(rows)
+        of = branch_of_rows(x.shape[0], rows.shape[0], branches)
+        entries = rows.numel()
+        rows, of = self._sample(rows, entries).float(), self._sample(of, entries)
+        if self.geometry is not None:
+            self._keep(x, rows)
         if self.histogram is None:
             self.square += rows.square().sum(0).double().cpu()
             self.rows += rows.shape[0]
-            if self.group:
-                self._keep(rows)
             return
         if self.balance is not None:
             rows = rows / self.balance.to(rows.device)
-        low, high = self.bin_low[interval], self.bin_high[interval]
-        self.histogram[branch, interval] += _counts(rows, float(low), float(high))
+        self.histogram[:, interval] += _counts(rows, float(self.bin_low[interval]), float(self.bin_high[interval]), of)
         if self.kind == "linear":
             self.row_error[interval] += _row_error(rows)
             if self.rotated is not None:
-                self.rotated.observe(rows, interval, branch)
+                self.rotated.observe(rows, interval, of)
 
-    def _sample(self, rows: Tensor) -> Tensor:
-        step = -(-rows.numel() // SAMPLE)
+    def _sample(self, rows: Tensor, entries: int) -> Tensor:
+        """Some of the rows of an input that has so many entries."""
+        step = -(-entries // SAMPLE)
         # A start that moves from call to call, so that no fixed set of pixels is all that is ever seen.
-        return rows[self.calls * 7919 % step :: step].float() if step > 1 else rows.float()
+        return rows[self.calls * 7919 % step :: step]
 
-    def _keep(self, rows: Tensor) -> None:
-        """Reservoir sampling over all calls (Vitter, 1985, algorithm R)."""
-        for row in rows[:: -(-rows.shape[0] // OFFERED)].bfloat16().cpu():
+    def _keep(self, x: Tensor, rows: Tensor) -> None:
+        """Reservoir sampling over all calls (Vitter, 1985, algorithm R). rows: of the input x of a Linear."""
+        for _ in range(OFFERED):
             self.offered += 1
             place = self.offered - 1 if self.offered <= KEPT else self.random.randrange(self.offered)
             if place < KEPT:
-                self.kept[place] = row
+                row = rows[self.random.randrange(rows.shape[0])] if self.kind == "linear" else self._patch(x)
+                self.kept[place] = row.flatten().bfloat16().cpu()
+
+    def _patch(self, x: Tensor) -> Tensor:
+        """What one output pixel of a convolution is made of, [C, kh, kw]; x [B, C, H, W]."""
+        g = self.geometry
+        assert g is not None
+        places = []
+        for extent, out, k, s, p, d in zip(
+            x.shape[2:], g.output_size(*x.shape[2:]), g.shape[2:], g.stride, g.padding, g.dilation, strict=True
+        ):
+            place = torch.arange(k) * d + self.random.randrange(out) * s - p
+            places.append((place.clamp(0, extent - 1), (place >= 0) & (place < extent)))
+        (down, in_height), (across, in_width) = places
+        image = x[self.random.randrange(x.shape[0])]
+        inside = (in_height.unsqueeze(1) & in_width).to(x.device)
+        return image[:, down.to(x.device).unsqueeze(1), across.to(x.device)] * inside
 
     def end_first_stage(self, weight: Tensor) -> None:
         """Choose the balance and lay out the histograms. weight: the layer's float weight, on any device."""
@@ -160,13 +182,12 @@ class LayerObserver:
         slack = (high - low).clamp_min(1e-6) * MARGIN
         self.bin_low, self.bin_high = low - slack, high + slack
         self.histogram = torch.zeros(BRANCHES, self.low.shape[0], BINS, dtype=torch.int64)
-        if self.offered:
+        if self.offered and self.group:
             balance = self.balance if self.balance is not None else torch.ones(self.low.shape[1])
             reach = torch.maximum(-self.low, self.high).amax(0) / balance
             rows = self.kept[: self.offered].float() / balance
             chosen = choose_rotation(rows, reach, weight * balance, self.group)
             self.rotated = _Rotated(self.low.shape[0], self.group, *chosen)
-        self.kept = self.kept[:0].clone()
 
     def _balanced_range(self) -> tuple[Tensor, Tensor]:
         balance = self.balance if self.balance is not None else torch.ones(self.low.shape[1])
@@ -184,6 +205,7 @@ class LayerObserver:
             self.kind, self.shape, self.order, low, high, self.balance,
             self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector,
             _apart(self.histogram, self.bin_low, self.bin_high), mean_square,
+            rows=self.kept[: self.offered] if self.offered and not self.vector else None,
         )  # fmt: skip
         return plain if self.rotated is None else self.rotated.statistics(plain)
 
@@ -205,8 +227,8 @@ class _Rotated:
         self.histogram = torch.zeros(BRANCHES, intervals, BINS, dtype=torch.int64)
         self.row_error = torch.zeros(intervals, 2, dtype=torch.float64)
 
-    def observe(self, rows: Tensor, interval: int, branch: int) -> None:
-        """rows: the balanced input, float [M, K]."""
+    def observe(self, rows: Tensor, interval: int, of: Tensor) -> None:
+        """rows: the balanced input, float [M, K]; of: their branches, int64 [M]."""
         rows = rotate(rows, self.group, self.permutations)
         self.row_error[interval] += _row_error(rows)
         low, high = torch.stack(torch.aminmax(rows)).cpu()
@@ -221,7 +243,7 @@ class _Rotated:
             self.histogram[:, interval] = 0
             self.histogram[:, interval, BINS // 4 : 3 * BINS // 4] = pairs
         self.reach[interval] = reach
-        self.histogram[branch, interval] += _counts(rows, -reach, reach)
+        self.histogram[:, interval] += _counts(rows, -reach, reach, of)
 
     def statistics(self, plain: LayerStatistics) -> LayerStatistics:
         """`plain`, the statistics of the same layer's balanced input, with what was learnt here."""
@@ -233,10 +255,11 @@ class _Rotated:
         return replace(plain, rotated=rotated, permutations=self.permutations, weight_error=self.weight_error)
 
 
-def _counts(rows: Tensor, low: float, high: float) -> Tensor:
-    """Histogram of all entries over the bins of [low, high], on the CPU."""
+def _counts(rows: Tensor, low: float, high: float, of: Tensor) -> Tensor:
+    """Histogram of all entries over the bins of [low, high] per branch, int64 [2, B] on the CPU. of: int64 [M]."""
     place = ((rows - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.int32)
-    return torch.bincount(place.flatten(), minlength=BINS).cpu()
+    place += (of * BINS).to(rows.device, torch.int32).unsqueeze(1)
+    return torch.bincount(place.flatten(), minlength=BRANCHES * BINS).view(BRANCHES, BINS).cpu()
 
 
 def _apart(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor | None:

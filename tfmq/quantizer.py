@@ -68,7 +68,7 @@ def quantize_rows(x: Tensor, inverse_balance: Tensor | None = None, bits: int = 
     """
     half = 2 ** (bits - 1)
     x = x.float() if inverse_balance is None else x.float() * inverse_balance
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # faster than `aminmax`
     scale = ((high - low) / (2 * half - 1)).clamp_min(torch.finfo(torch.float32).tiny * 256)
     codes = ((x - low) / scale).round_().sub_(half).clamp_(-half, half - 1).to(torch.int8)
     return codes, scale, low + half * scale
@@ -142,18 +142,34 @@ def _grid_error(x: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, norm: flo
 def _least_error(counts: Tensor, centers: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # Coordinate search: shrink both ends together, then each end alone, out to the data again if that is better. One
     # end is often a hard edge (a SiLU never goes under -0.2785) that must not be cut when the other end's tail is.
-    shrink = torch.linspace(1.0, 0.3, 36, dtype=torch.float64)
-    data_lo, data_hi = lo, hi
-    for move_lo, move_hi in ((True, True), (False, True), (True, False)):
-        best = torch.full_like(lo, float("inf"))
-        best_lo, best_hi = lo.clone(), hi.clone()
-        for factor in shrink:
-            a = data_lo * factor if move_lo else lo
-            b = data_hi * factor if move_hi else hi
-            error = (counts * _grid_error(centers, a, b, (b - a) / (2**bits - 1), RANGE_NORM)).sum(1)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_lo = torch.where(better, a, best_lo)
-            best_hi = torch.where(better, b, best_hi)
-        lo, hi = best_lo, best_hi
-    return lo, hi
+    factors = torch.linspace(1.0, 0.3, 36, dtype=torch.float64, device=counts.device)
+    lows, highs = lo * factors.unsqueeze(1), hi * factors.unsqueeze(1)
+    # What an end cuts off does not depend on the other end: each once, in float32, as powers are what takes the time.
+    cut_low = _cut(counts, centers, lows)
+    cut_high = _cut(counts, -centers, -highs)
+    total = counts.sum(1)
+
+    def best(at_low: Tensor, at_high: Tensor) -> tuple[Tensor, Tensor]:
+        """at_low, at_high [S, I]: candidates, numbers of factors -> those with the least error, [I]."""
+        step = (highs.gather(0, at_high) - lows.gather(0, at_low)) / (2**bits - 1)
+        rounding = (step / 2).pow(RANGE_NORM) / (RANGE_NORM + 1) * total
+        least = (cut_low.gather(0, at_low) + cut_high.gather(0, at_high) + rounding).argmin(0, keepdim=True)
+        return at_low.gather(0, least), at_high.gather(0, least)
+
+    every = torch.arange(len(factors), device=counts.device).unsqueeze(1).expand_as(lows)
+    at_low, at_high = best(every, every)
+    at_low, at_high = best(at_low.expand_as(every), every)
+    at_low, at_high = best(every, at_high.expand_as(every))
+    return lows.gather(0, at_low)[0], highs.gather(0, at_high)[0]
+
+
+def _cut(counts: Tensor, centers: Tensor, ends: Tensor) -> Tensor:
+    """Sum over the bins below each end of counts * distance^RANGE_NORM. counts, centers [I, B], ends [S, I] -> [S, I].
+
+    The reach of an interval is taken for its unit, so that float32 holds the powers of any input.
+    """
+    unit = centers.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    counts, places = counts.float(), (centers / unit).float()
+    at = (ends / unit.squeeze(1)).float()
+    cut = torch.stack([(counts * (e.unsqueeze(1) - places).clamp_min(0).pow(RANGE_NORM)).sum(1) for e in at])
+    return cut.double() * unit.squeeze(1).pow(RANGE_NORM)

@@ -79,7 +79,7 @@ class Recipe:
 
 
 UNDER_A_SIZE, AT_A_QUALITY = "best under a size", "smallest at a quality"
-ROUNDINGS = ("nearest", "fast", "balanced", "best")
+ROUNDINGS = ("nearest", "fast", "balanced", "best", "best+")
 PRESETS = {
     "W8A8": Recipe("W8A8"),
     "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),

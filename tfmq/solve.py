@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compensate import round_to_8_bits
 from .decide import static_grid
 from .grouped import Grid, Packed, nearest, pack, search_grid, to_columns
 from .observe import LayerStatistics
-from .quantizer import channel_scale, per_channel, quantize_weight
+from .quantizer import per_channel
 from .rotation import rotate
 from .scheme import STATIC, Scheme
 
@@ -94,8 +95,7 @@ def solve_layer(
     )
     shape = tuple(weight.shape)
     if scheme.weight_bits == 8:
-        scale = channel_scale(balanced)
-        codes = quantize_weight(balanced, scale)
+        codes, scale = round_to_8_bits(balanced, as_multiplying(scheme, statistics))
         return LayerState(
             statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point, permutations=permutations
         )
@@ -117,3 +117,15 @@ def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -
         out = out * per_channel(statistics.balance.to(weight.device), weight.dim(), 1)
     permutations = statistics.permutations if scheme.permuted else None
     return rotate(out, scheme.rotation, permutations)
+
+
+def as_multiplying(scheme: Scheme, statistics: LayerStatistics) -> Tensor | None:
+    """The sample of the layer's input as it meets that weight: balanced and rotated, float32 [R, K'], or None."""
+    if statistics.rows is None:
+        return None
+    rows = statistics.rows.float()
+    if scheme.balanced and statistics.balance is not None:
+        taps = rows.shape[1] // statistics.balance.numel()
+        rows = rows / statistics.balance.to(rows.device).repeat_interleave(taps)
+    permutations = statistics.permutations if scheme.permuted else None
+    return rotate(rows, scheme.rotation, permutations)

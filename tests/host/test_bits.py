@@ -93,3 +93,20 @@ def test_the_report_comes_back_as_a_plan(base, calibration):
     assert changed.layers[path].weight_bits == 8
     with pytest.raises(patchers.TfmqError, match="layer nowhere, which this model does not have"):
         patchers.quantize(base, calibration, "W4A8", plan='{"layers": {"nowhere": 4}}')
+
+
+def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
+    reconstruct = patchers.module("tfmq.host.reconstruct")
+    solve = patchers.module("tfmq.solve")
+    data = json.loads(patchers.nodes.Quantize.execute(base, calibration, "W4A8").args[2])
+    names = list(data["plan"]["layers"])[::3]
+    data["plan"]["layers"] |= dict.fromkeys(names, 8)
+    with torch.inference_mode():
+        mixed = patchers.quantize(base, calibration, "W4A8", plan=json.dumps(data))
+        read, plan = calibration.load(), mixed.attachments["tfmq"].plan
+        layers = reconstruct.layers_of(base, read, plan)
+        for name in names:
+            layer, weight = layers[name], base.model.diffusion_model.get_submodule(name).weight
+            layer.round_to_8_bits(solve.as_multiplied(plan.layers[name], read.layers[name], weight.float()))
+            assert layer.sample is not None
+            assert torch.equal(layer.weight8[0], patchers.leaves(mixed)[name].weight._qdata)

@@ -96,6 +96,18 @@ def test_four_bit_weights(
     near(y, expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 24), (4, 16, 3, 3), (4, 32, 1, 1), (3, 5, 3, 2)])
+def test_the_codes_are_a_view_of_what_the_kernels_read(shape: tuple[int, ...]) -> None:
+    codes, geometry = torch.randint(-127, 128, shape, dtype=torch.int8), Geometry(shape)
+    prepared = triton_backend.prepare(codes, torch.ones(shape[0]), geometry)
+    view = triton_backend.view(prepared)
+    assert torch.equal(view, codes) and view.data_ptr() == prepared.codes.data_ptr()
+    again = triton_backend.prepare(view, torch.ones(shape[0]), geometry)
+    assert torch.equal(again.codes, prepared.codes)
+    if shape[1] % 16 == 0:
+        assert again.codes.data_ptr() == prepared.codes.data_ptr()  # nothing is copied the second time
+
+
 def both(prepared: Prepared, truth: reference.Prepared) -> tuple:
     return (triton_backend, prepared), (reference, truth)
 

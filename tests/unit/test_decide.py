@@ -1,5 +1,7 @@
 """Recipe and statistics to plan: the rule, the reasons, the grids."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,32 @@ def test_the_errors() -> None:
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_range_per_token_costs_nothing_beside_convolutions_in_float() -> None:
+    static = static_error(statistics(), "mse")
+    found = {"a": statistics(per_token=static**2 / 1.5)}
+    for recipe, expected in (("W8A8", STATIC), ("W8A8 Linear only", DYNAMIC)):
+        plan = decide(PRESETS[recipe], calibration(found), {"a": "linear"}, {}, 2.0)
+        assert plan.layers["a"].activation == expected
+
+
+@pytest.mark.parametrize(
+    "recipe, dynamic_cost, rotation_cost, rotated",
+    [
+        (Recipe("r", activations=DYNAMIC), 1.0, 0.0, True),
+        (Recipe("r", activations=DYNAMIC), 1.0, 0.3, False),  # 0.7 * 1.3
+        (Recipe("r", activations=DYNAMIC), 3.0, 0.3, True),  # 0.7 * 1.1
+        (Recipe("r", activations=DYNAMIC, convolutions=False), 1.0, 0.3, True),  # not counted
+    ],
+)
+def test_a_rotation_must_be_worth_its_time(
+    recipe: Recipe, dynamic_cost: float, rotation_cost: float, rotated: bool
+) -> None:
+    found = statistics(channels=32)
+    found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([0.7, 1.0])))
+    scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, dynamic_cost, rotation_cost).layers["a"]
+    assert scheme.rotation == (32 if rotated else 0)
 
 
 @pytest.mark.parametrize("cost", [1.0, 1.3])

@@ -44,6 +44,7 @@ def calibration(names: tuple[str, ...] = ("a.b", "c"), settings_: dict[str, Any]
             balance=torch.rand(5, generator=g) + 0.5 if order % 2 == 0 else None, histogram=histogram,
             bin_low=-torch.rand(3, generator=g), bin_high=torch.rand(3, generator=g),
             row_error=torch.rand(3, 2, generator=g, dtype=torch.float64), vector=order == 1,
+            rows=torch.randn(4, 5, generator=g).bfloat16() if order % 2 == 0 else None,
         )  # fmt: skip
     return Calibration(
         "fingerprint", "EPS", TimeAxis(0.0, 999.0), Partition((0.25, 0.5)), layers, settings_ or {"steps": 20}
@@ -83,8 +84,10 @@ def test_a_calibration_comes_back(tmp_path: Path, names: list[str], about: dict[
         assert (got.kind, got.shape, got.order, got.vector) == (s.kind, s.shape, s.order, s.vector)
         for field in ("low", "high", "bin_low", "bin_high", "row_error"):
             assert torch.equal(getattr(got, field), getattr(s, field)), field
-        assert (got.balance is None) == (s.balance is None)
-        assert s.balance is None or torch.equal(got.balance, s.balance)
+        for field in ("balance", "rows"):
+            old, new = getattr(s, field), getattr(got, field)
+            assert (new is None) == (old is None), field
+            assert old is None or (new.dtype == old.dtype and torch.equal(new, old)), field
         # counts relative to their peak in float16: 11 bits
         error = (got.histogram - s.histogram).abs()
         assert bool((error <= s.histogram * 2.0**-11 + s.histogram.amax(1, keepdim=True) * 2.0**-24).all())

@@ -258,6 +258,42 @@ def test_the_weight_is_prepared_once_per_owner(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(second - made.leaf.bias, -(first - made.leaf.bias))
 
 
+def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(LINEAR_STATIC)
+    use(monkeypatch, BACKENDS[-1], LINEAR_STATIC, made.leaf.geometry)
+    codes, scale, bias = made.leaf.codes, made.leaf.weight_scale, made.leaf.bias
+    kept = made.leaf(made.x)
+    held = made.leaf._prepared
+    assert held is not None
+    assert torch.equal(made.leaf.compute(made.x, None, codes, scale, bias), kept)
+    assert made.leaf._prepared is held
+    other = made.leaf.compute(made.x, None, -codes, scale, bias)
+    torch.testing.assert_close(other - bias, -(kept - bias))
+    fresh = make(LINEAR_STATIC).leaf
+    fresh.compute(made.x, None, codes, scale, bias)
+    assert fresh._prepared is None
+
+
+@pytest.mark.parametrize("operation", [LINEAR_STATIC, CONV2D_STATIC])
+def test_a_weight_that_a_kernel_holds_in_another_order_is_not_there_twice(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the triton backend does it: the codes become a view of what the kernel reads."""
+    made = make(operation)
+    geometry, codes = made.leaf.geometry, made.leaf.codes.clone()
+    use(monkeypatch, BACKENDS[-1], operation, geometry)
+    before = made.leaf(made.x)
+    other = make(operation).leaf
+    inner = reference.prepare
+    monkeypatch.setattr(reference, "prepare", lambda c, *a: inner(c.clone(), *a))
+    monkeypatch.setattr(reference, "view", lambda ready: ready.codes, raising=False)
+    other.clock = made.clock
+    assert torch.equal(other(made.x), before)
+    assert other.codes.data_ptr() == other._prepared[2].codes.data_ptr() and torch.equal(other.codes, codes)
+    held = other._prepared[2]
+    assert torch.equal(other(made.x), before) and other._prepared[2] is held
+
+
 def test_the_state_dict_holds_weight_and_bias_alone() -> None:
     assert set(make(LINEAR_STATIC).leaf.state_dict()) == {"codes", "weight_scale", "bias"}
 
@@ -277,3 +313,28 @@ def test_a_leaf_keeps_its_codes_once(operation: str) -> None:
     assert torch.equal(made.leaf.codes, -codes)
     bias = made.leaf.bias.reshape(-1, 1, 1) if operation == CONV2D_STATIC else made.leaf.bias
     torch.testing.assert_close(made.leaf(made.x) - bias, -(before - bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_warm_leaf_compiles_into_one_graph(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph break and no host sync; the clock stays an input."""
+    made = make(operation)
+    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        made.leaf(made.x)
+        compiled = torch.compile(made.leaf, backend="eager", fullgraph=True)
+        for t in (10.0, 999.0):
+            made.clock.set(torch.tensor([t]))
+            assert torch.equal(compiled(made.x), made.leaf(made.x))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_backend_here_is_right_under_compile(operation: str) -> None:
+    made = make(operation)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(made.leaf, backend="eager")
+        for t in (10.0, 999.0):
+            made.clock.set(torch.tensor([t]))
+            assert torch.equal(compiled(made.x), made.leaf(made.x))

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tfmq import observe
 from tfmq.balance import choose_balance
 from tfmq.decide import static_grid
 from tfmq.errors import TfmqError
-from tfmq.observe import BINS, LayerObserver, LayerStatistics, ModelObserver
+from tfmq.observe import BINS, KEPT, LayerObserver, LayerStatistics, ModelObserver
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 INTERVALS = 4
@@ -255,7 +256,51 @@ def test_memory_is_constant_and_no_input_is_kept() -> None:
         assert len(sizes) == 1
         assert not any(ref() is not None for ref in inputs)
     # 8 bytes an entry at most; a histogram for each of the two branches of guidance
-    assert size(observer) <= 8 * INTERVALS * (2 * 6 + 2 * BINS + 8)
+    assert size(observer) <= 8 * INTERVALS * (2 * 6 + 2 * BINS + 8) + 2 * KEPT * 6
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_sample_of_rows_of_both_stages(stages: int) -> None:
+    layer = nn.Linear(6, 4)
+    observer = LayerObserver(layer, INTERVALS)
+    inputs = [torch.randn(5, 30, 6).bfloat16().float() for _ in range(60)]
+    for call, x in enumerate(inputs[: 30 * stages]):
+        if call == 30:
+            observer.end_first_stage(layer.weight)
+        observer.observe(x, call % INTERVALS)
+    if stages == 1:
+        observer.end_first_stage(layer.weight)
+        observer.observe(inputs[0], 0)
+    rows = finish(observer, layer.weight).rows
+    assert rows is not None and rows.dtype == torch.bfloat16 and rows.shape == (KEPT, 6)
+    everything = torch.stack(inputs).reshape(60, -1, 6)
+    calls = [int((everything == row).all(2).any(1).nonzero().flatten()[0]) for row in rows.float()]
+    assert len(set(calls)) > 20 and len({tuple(row) for row in rows.tolist()}) > KEPT * 0.9
+    if stages == 2:
+        assert min(calls) < 30 <= max(calls)
+
+
+@pytest.mark.parametrize("kernel", [1, (3, 2)], ids=str)
+@pytest.mark.parametrize("more", [{}, {"padding": (2, 1)}, {"stride": 2, "padding": 1}, {"dilation": (2, 1)}], ids=str)
+def test_the_rows_of_a_convolution_are_what_its_weight_is_multiplied_by(kernel: Any, more: dict[str, Any]) -> None:
+    layer = nn.Conv2d(3, 5, kernel, **more)
+    observer = LayerObserver(layer, INTERVALS)
+    x = torch.randn(2, 3, 7, 6).bfloat16().float()
+    rows = finish(observer, layer.weight, [(0, x)] * 20, [(0, x)]).rows
+    assert rows is not None and rows.shape == (KEPT, layer.weight[0].numel())
+    sizes = {"dilation": 1, "padding": 0, "stride": 1} | more
+    patches = nn.functional.unfold(x, layer.kernel_size, **sizes).movedim(1, -1).reshape(-1, rows.shape[1])
+    assert all(bool((patches == row).all(1).any()) for row in rows.float())
+    assert len({tuple(row) for row in rows.tolist()}) > 10
+
+
+def test_no_rows_where_the_weight_does_not_meet_them() -> None:
+    grouped = nn.Conv2d(4, 4, 3, groups=2)
+    x = torch.randn(1, 4, 5, 5)
+    assert finish(LayerObserver(grouped, INTERVALS), grouped.weight, [(0, x)], [(0, x)]).rows is None
+    vector = nn.Linear(6, 4)
+    x = torch.randn(3, 6)
+    assert finish(LayerObserver(vector, INTERVALS), vector.weight, [(0, x)], [(0, x)]).rows is None
 
 
 # --- hooks and errors -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """From plan and statistics to integers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch import Tensor
 from tfmq.decide import static_grid
 from tfmq.grouped import Grid, values
 from tfmq.observe import LayerStatistics
-from tfmq.quantizer import per_channel
+from tfmq.quantizer import dequantize_weight, per_channel
+from tfmq.rotation import unrotate
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.solve import Rounded, solve_layer
 
@@ -111,3 +114,25 @@ def test_no_gradient_is_kept() -> None:
     state = solve_layer(Scheme(), statistics(weight), weight, "mse")
     assert not any(t.requires_grad for t in (state.codes, state.scale, state.act_scale) if t is not None)
     assert torch.all(solve_layer(Scheme(), statistics(weight), torch.zeros(5, 7), "mse").codes == 0)
+
+
+@pytest.mark.parametrize("shape", [(20, 64), (20, 16, 3, 3)], ids=str)
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_eight_bits_make_up_for_their_error_on_the_sample(
+    shape: tuple[int, ...], balanced: bool, rotation: int
+) -> None:
+    g = torch.Generator().manual_seed(3)
+    weight, vector = torch.randn(shape, generator=g), torch.rand(shape[1], generator=g) * 4 + 0.2
+    rows = torch.randn(64, 5, generator=g) @ torch.randn(5, weight[0].numel(), generator=g)
+    rotation *= weight.dim() == 2
+    scheme = Scheme(activation=DYNAMIC, balanced=balanced, rotation=rotation)
+    plain = statistics(weight, vector)
+
+    def error(found: LayerStatistics) -> float:
+        state = solve_layer(scheme, found, weight, "mse")
+        made = unrotate(dequantize_weight(state.codes, state.scale), rotation)
+        made = made if state.balance is None else made / per_channel(state.balance, weight.dim(), 1)
+        return float(((made - weight).flatten(1) @ rows.t()).square().mean())
+
+    assert error(replace(plain, rows=rows.bfloat16())) < 0.1 * error(plain)

@@ -44,20 +44,21 @@ def mixed_plan(
     recipe: Recipe,
     keep: Mapping[str, str],
     geometries: Mapping[str, Geometry],
-    cost: float,
+    costs: tuple[float, float],
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Bits per layer from {4, 8, 16} under `recipe.budget` bytes of file, or for `recipe.quality` dB of the prediction.
 
-    keep: path -> why it must stay in float. cost: of a per-token layer on this machine. progress: (done, total).
+    keep: path -> why it must stay in float. costs: of a per-token layer and of a rotation on this machine.
+    progress: (done, total).
     Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
     """
     network = patcher.model.diffusion_model
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
-    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, cost)
+    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, *costs)
     options: dict[str, dict[int, Scheme]] = {}
     for path, scheme in eight.layers.items():
-        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, cost)
+        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, *costs)
         options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
     asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
     question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)

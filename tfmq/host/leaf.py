@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from ..kernels.geometry import Geometry
 from ..leaf import LeafCore
-from ..packed_codes import PackedCodes
 from ..scheme import INT, NONE
 from ..solve import LayerState
 from ..timeline import Clock
@@ -102,12 +101,15 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         if self.scheme.activation == NONE:
             return self.float_forward(x, weight.dequantize().to(x.dtype), bias)
         codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else weight._qdata
-        return self.compute(x, self.weight, codes, weight._params.scale, bias)
-
-    def _keep_packed(self, codes: Tensor, packed: PackedCodes) -> None:
         own = self.weight
-        if isinstance(own, QuantizedTensor) and own._qdata is codes:  # else it was streamed in for this call alone
-            own._qdata = packed
+        # Otherwise it was streamed in for this call alone.
+        owner = own if isinstance(own, QuantizedTensor) and own._qdata is weight._qdata else None
+        return self.compute(x, owner, codes, weight._params.scale, bias)
+
+    def _keep(self, codes: Tensor, same: Tensor) -> None:
+        own = self.weight
+        assert isinstance(own, QuantizedTensor)
+        own._qdata = same
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,21 @@ from ..errors import TfmqError
 from ..files import VERSION
 from ..kernels.geometry import Geometry, geometry_of
 from ..rounding import reconstruct as driver
+from ..rounding.finetune import finetune
 from ..rounding.layer import Layer
 from ..rounding.precision import product_dtype
+from ..rounding.progress import PARTS
 from ..samples import Samples
 from ..scheme import INT, STATIC, Plan
-from ..solve import Rounded, as_multiplied
+from ..solve import as_multiplied, as_multiplying
 from ..temporal.tdq import over_time
+from ..temporal.tib import find_tib
 from .calibrate import FOLDER
 from .model import PREFIX, candidates, float_weight, release, update_digest
+from .temporal_quant import FLOAT
 
 Progress = Callable[[int, int, float], None]
-
-
-def reconstruct(
-    patcher: ModelPatcher,
-    calibration: Calibration,
-    plan: Plan,
-    preset: str,
-    progress: Progress,
-    folder: Path | None = None,
-) -> dict[str, Rounded]:
-    """Path -> rounding of every layer of the plan with integer weights in 4 bits. See `run` for the rest."""
-    return run(patcher, calibration, plan, preset, progress, folder).layers
+BALANCED_SHARE = 0.75  # of the time of best+, that is spent on balanced
 
 
 def run(
@@ -58,10 +54,13 @@ def run(
 ) -> driver.Result:
     """Round the weights, LoRA patches merged.
 
-    preset: "nearest", "fast", "balanced" or "best". progress: called with (done, total, seconds left). folder: where
+    preset: one of `ROUNDINGS`. progress: called with (done, total, seconds left). folder: where
     finished units are kept; by default beside the calibrations, in a place that belongs to this request. options: of
     `rounding.reconstruct`. The MODEL is unchanged on every way out. Raises TfmqError for a calibration without samples.
+    "best+" is "balanced", whose finished units it shares, and fine-tuning behind it.
     """
+    plus = preset == driver.BEST_PLUS
+    preset = driver.BALANCED if plus else preset
     samples = calibration.samples
     if preset != driver.NEAREST and (samples is None or not samples.rows):
         raise TfmqError(_without_samples(samples))
@@ -82,31 +81,60 @@ def run(
             )
         return as_multiplied(plan.layers[path], calibration.layers[path], found)
 
+    began, share = time.monotonic(), BALANCED_SHARE if plus else 1.0
+
     def tell(done: int, total: int, left: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        progress(done, total, left)
+        later = (time.monotonic() - began + left) * (1 / share - 1)  # what comes behind it
+        progress(int(done * share), total, left + later)
+
+    def tell_tuning(done: int, total: int, left: float) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress(int(PARTS * (share + (1 - share) * done / total)), PARTS, left)
 
     dtype = product_dtype(device)
     if folder is None and preset in driver.SETTINGS:
         folder = _folder(calibration, plan, preset, dtype, options)
+    network = patcher.model.diffusion_model
+    with _replayed(patcher, samples, load=preset != driver.NEAREST) as replay:
+        source, options = replay.source(), {"dtype": dtype} | options
+        result = driver.reconstruct(
+            network, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
+        )
+        if not plus:
+            return result
+        tuned = finetune(
+            network, layers, result.layers, source, device=device, temporal=_temporal(patcher, plan),
+            progress=tell_tuning, dtype=options["dtype"],
+        )  # fmt: skip
+    logging.info("TFMQ: %s", tuned.note)
+    return replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+
+
+@contextmanager
+def _replayed(patcher: ModelPatcher, samples: Samples | None, load: bool) -> Iterator[Replay]:
+    """The samples and the MODEL to run them, loaded, with attention that has a gradient."""
     clone = patcher.clone()
     replay = Replay(clone, samples)
-    if preset != driver.NEAREST:
+    if load:
         comfy.model_management.load_models_gpu([clone])
     clone.pre_run()
     # Some of the host's kernels have no gradient; while this is set it takes others.
     training = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:
-        return driver.reconstruct(
-            patcher.model.diffusion_model, layers, weight, replay.source(), preset, device=device, progress=tell,
-            folder=folder,
-            **({"dtype": dtype} | options),
-        )  # fmt: skip
+        yield replay
     finally:
         comfy.model_management.in_training = training
         clone.cleanup()
         release(patcher)
+
+
+def _temporal(patcher: ModelPatcher, plan: Plan) -> list[str]:
+    """Layers whose output depends on the timestep alone, where they stay in float."""
+    if plan.recipe.temporal != FLOAT:
+        return []
+    return list(find_tib(patcher.model.diffusion_model).layers)
 
 
 def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> dict[str, Layer]:
@@ -132,6 +160,8 @@ def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> di
             layer.balance = statistics.balance.to(device)
         if scheme.permuted and statistics.permutations is not None:
             layer.permutations = statistics.permutations.to(device)
+        if scheme.weight_bits == 8:
+            layer.sample = as_multiplying(scheme, statistics)
         layers[path] = layer
     return layers
 

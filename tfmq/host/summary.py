@@ -31,7 +31,7 @@ def text(quantized: Quantized) -> str:
         if "float_conv" in counts:
             lines.append("  float_conv computes in the model's float type: no fast integer convolution for these here")
     lines += [f"  {name} passed over: {why}" for name, why in sorted(quantized.passed_over.items())]
-    lines += [quantized.advice] if quantized.advice else []
+    lines += [line for line in (quantized.rounding, quantized.advice) if line]
     reasons = Counter(plan.left.values())
     lines += [f"left in float: {counted(count, 'layer')}, {why}" for why, count in sorted(reasons.items())]
     if plan.temporal:

@@ -20,12 +20,13 @@ from ..edit import edited
 from ..errors import TfmqError
 from ..kernels.geometry import Geometry, geometry_of
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
+from ..rounding.reconstruct import Result
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
-from ..solve import LayerState, Rounded, solve_layer
+from ..solve import LayerState, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import attention, bits, lora, nf4, precision, temporal_quant
+from . import attention, bits, feed_forward, lora, nf4, precision, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -38,7 +39,7 @@ from .model import (
     require_float_model,
     sampling_kind,
 )
-from .reconstruct import reconstruct
+from .reconstruct import run as reconstruct
 from .temporal_leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
@@ -55,7 +56,7 @@ class Quantized:
     were there when it was quantized; later ones are somebody's LoRA and not part of the model. `backends`: operation
     -> backend -> number of layers, on the machine at hand. `temporal_clock`: of the temporal leaves, where there are
     any; `deaf`: parameters of the network that a later LoRA cannot change, or not fully. `advice`: how it
-    would be faster here, in a sentence.
+    would be faster here, in a sentence. `rounding`: how fine-tuning went, where there was any.
     """
 
     plan: Plan
@@ -71,6 +72,7 @@ class Quantized:
     temporal_clock: Clock | None = None
     deaf: tuple[str, ...] = ()
     advice: str = ""
+    rounding: str = ""
 
 
 def quantize(
@@ -96,17 +98,24 @@ def quantize(
             geometries[path] = geometry
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in modules.items()}
     device = patcher.load_device
-    cost = pick(LINEAR_DYNAMIC, device, Geometry((1, 1))).dynamic_cost
-    plan = decide(recipe, calibration, kinds, keep, cost)
+    backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
+    costs = backend.dynamic_cost, backend.rotation_cost
+    plan = decide(recipe, calibration, kinds, keep, *costs)
     if recipe.mixed:
-        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, cost, progress)
+        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, costs, progress)
     if changes.strip():
-        plan = edited(plan, changes, calibration, keep, cost)
+        plan = edited(plan, changes, calibration, keep, *costs)
     nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
-    rounded = _rounded(patcher, calibration, plan, progress)
+    found = _rounded(patcher, calibration, plan, progress)
+    rounded = {} if found is None else found.layers
 
     clone = patcher.clone()
+    moved = {} if found is None else found.biases
+    # Of layers that stay in float; like any weight patch these travel with the MODEL, and are merged where it is saved.
+    patches = {f"{PREFIX}{path}.bias": ("diff", (by,)) for path, by in moved.items() if path not in plan.layers}
+    if patches:
+        clone.add_patches(patches)
     clock = Clock(calibration.axis, calibration.partition)
     offload = patcher.offload_device
     before = comfy.model_management.module_size(network)
@@ -121,8 +130,8 @@ def quantize(
         left = {path: why for path, why in plan.left.items() if path not in temporal.reasons}
         plan = replace(plan, left=left, temporal=temporal.reasons)
         temporal_clock, deaf = finite_set_clock(calibration.axis, temporal.points), temporal.deaf
-        for path, found in temporal.states.items():
-            saved += _put_temporal(clone, patcher, path, modules[path], found, temporal_clock)
+        for path, temporal_state in temporal.states.items():
+            saved += _put_temporal(clone, patcher, path, modules[path], temporal_state, temporal_clock)
     for done, (path, scheme) in enumerate(plan.layers.items()):
         comfy.model_management.throw_exception_if_processing_interrupted()
         key = PREFIX + path
@@ -139,7 +148,10 @@ def quantize(
             raise TfmqError(f"Layer {path} cannot be quantized: {error}; load an intact copy of the model.") from None
         bias = None
         if module.bias is not None:
-            bias = float_weight(patcher, f"{key}.bias").to(offload, weight_of(module).dtype)
+            bias = float_weight(patcher, f"{key}.bias")
+            if path in moved:
+                bias = bias.float() + moved[path].to(bias.device)
+            bias = bias.to(offload, weight_of(module).dtype)
         leaf = make_leaf(module, state_to(state, offload), geometries[path], clock, bias, weight_of(module).dtype)
         clone.add_object_patch(key, leaf)
         for name in (f"{key}.weight", f"{key}.bias"):
@@ -153,17 +165,18 @@ def quantize(
         Quantized(
             plan, {path: kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
             before, before - saved, baked, backends, passed_over, temporal_clock, deaf,
+            rounding="" if found is None else found.note,
         ),
         patcher.model_size() - saved,
     )  # fmt: skip
     return clone
 
 
-def _rounded(patcher: ModelPatcher, calibration: Calibration, plan: Plan, progress: Any) -> dict[str, Rounded]:
-    """Path -> codes of the 4-bit layers, by the recipe's way of rounding; empty for nearest."""
+def _rounded(patcher: ModelPatcher, calibration: Calibration, plan: Plan, progress: Any) -> Result | None:
+    """The codes of the 4-bit layers, by the recipe's way of rounding; None for nearest."""
     fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
     if plan.recipe.rounding == ROUNDINGS[0] or not fours:
-        return {}
+        return None
     told = time.monotonic()
 
     def tell(done: int, total: int, left: float) -> None:
@@ -206,6 +219,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
     attention.attach(patcher)
+    feed_forward.attach(patcher, quantized.plan)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
 

@@ -7,6 +7,7 @@ fresh allocation of some megabytes costs more in page faults than the arithmetic
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,26 @@ from .geometry import Geometry, StaticInput
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 128  # of a block that is multiplied at once: fewer would read the weight too often
+PATIENCE = 3  # calls in a row with images of another shape before a weight is put in order for those
 # Added to a float32 under 2^22 it rounds it, half to even, and leaves the integer in the low bits.
 MAGIC = 1.5 * 2.0**23
 
 
-class Prepared(NamedTuple):
-    """The weight in oneDNN's own order, with scales, zeros for its zero points, and scaled sums per output channel."""
+@dataclass(eq=False)
+class Prepared:
+    """The weight in oneDNN's own order, with scales, zeros for its zero points, and scaled sums per output channel.
+
+    image: what a convolution's order is made for, [B, C, H, W] of its padded codes; None: they lie as they came.
+    strangers: calls in a row that had another image.
+    """
 
     packed: Tensor
     scale: Tensor
     zeros: Tensor
     sums: Tensor
     geometry: Geometry
+    image: torch.Size | None = None
+    strangers: int = 0
 
 
 class _Scratch(threading.local):
@@ -83,12 +92,8 @@ def unsafe(geometry: Geometry) -> str | None:
 
 
 def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
-    if geometry.is_conv:
-        packed = torch.ops.onednn.qconv_prepack(
-            codes, scale, 1.0, 0, list(geometry.stride), [0, 0], list(geometry.dilation), geometry.groups, None,
-        )  # fmt: skip
-    else:
-        packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    # A convolution's order depends on the image, so the first one that comes decides.
+    packed = codes if geometry.is_conv else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
     zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
     sums = codes.flatten(1).sum(1, dtype=torch.int32).float() * scale
     return Prepared(packed, scale.contiguous(), zeros, sums, geometry)
@@ -96,8 +101,25 @@ def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
 
 def restore(weight: Prepared) -> Tensor:
     """The codes that `prepare` was given, int8 of the weight's shape, contiguous."""
-    codes = weight.packed.to_dense()
-    return codes if weight.geometry.is_conv else codes.t().contiguous()
+    if not weight.geometry.is_conv:
+        return weight.packed.to_dense().t().contiguous()
+    return weight.packed.clone() if weight.image is None else weight.packed.to_dense()
+
+
+def _order_for(weight: Prepared, image: torch.Size) -> None:
+    """Put a convolution's weight in the order for such images: out of any other, oneDNN copies it at every call."""
+    if image == weight.image:
+        weight.strangers = 0
+        return
+    weight.strangers += 1
+    if weight.image is not None and weight.strangers < PATIENCE:
+        return
+    g = weight.geometry
+    codes = weight.packed if weight.image is None else weight.packed.to_dense()
+    weight.packed = torch.ops.onednn.qconv_prepack(
+        codes, weight.scale, 1.0, 0, list(g.stride), [0, 0], list(g.dilation), g.groups, list(image)
+    )
+    weight.image, weight.strangers = image, 0
 
 
 class _Affine(NamedTuple):
@@ -177,6 +199,7 @@ def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     if width == 1 and g.stride[1] > 1:
         x = F.pad(x, (0, g.stride[1]))  # a single column comes out wrong (see `unsafe`): make two and drop one
     q = _padded_codes(x, grid, g.padding)
+    _order_for(weight, q.shape)
     offset = weight.sums * (grid.scale * grid.zero_point)
     y = torch.ops.onednn.qconv2d_pointwise.tensor(
         q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed, weight.scale, weight.zeros,

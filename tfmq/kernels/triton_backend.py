@@ -62,6 +62,15 @@ def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
     return Prepared(flat, scale.contiguous(), sums, None, None, 0, geometry)
 
 
+def view(weight: Prepared) -> Tensor:
+    """The codes that `prepare` was given, int8 of the weight's shape, in the memory of `weight`."""
+    shape = weight.geometry.shape
+    if not weight.geometry.is_conv:
+        return weight.codes[:, : shape[1]]
+    n, c, height, width = shape
+    return weight.codes.view(n, height, width, -1)[..., :c].permute(0, 3, 1, 2)
+
+
 def prepare_packed(packed: Packed, geometry: Geometry) -> Prepared:
     """A weight in 4 bits, kept as it is."""
     from .triton_launch import Prepared

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import grouped
+from ..compensate import round_to_8_bits
 from ..kernels.geometry import Geometry
-from ..quantizer import channel_scale, dequantize_weight, per_channel, quantize_rows, quantize_weight
+from ..quantizer import dequantize_weight, per_channel, quantize_rows
 from ..rotation import rotate
 from ..scheme import DYNAMIC, STATIC, Scheme
 
@@ -35,11 +36,12 @@ class Rows:
 @dataclass
 class Layer:
     """act_scale float32, act_zero_point int32 [I] or [2, I]: of a static activation. balance float32 [K] or None.
-    permutations: integers [1, K] or [2, K] of the rotation, or None.
+    permutations: integers [1, K] or [2, K] of the rotation, or None. sample: of what the weight is multiplied by, float
+    [R, K'], of a layer in 8 bits, or None.
 
     `codes` uint8 [N, K'] and `grid` are set once the weight is rounded; `weight8`: int8 codes and scale of a layer in 8
     bits; `ranges_tuned`: whether `act_scale` was learnt. While a unit is trained, `trained` holds its weight [N, K,
-    ...] and `act_scale` may carry a gradient.
+    ...], `act_scale` may carry a gradient, and the weight's channels are multiplied by `gain` [N] where there is one.
     """
 
     scheme: Scheme
@@ -49,10 +51,12 @@ class Layer:
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     permutations: Tensor | None = None
+    sample: Tensor | None = None
     codes: Tensor | None = None
     grid: grouped.Grid | None = None
     weight8: tuple[Tensor, Tensor] | None = None
     trained: Tensor | None = None
+    gain: Tensor | None = None
     ranges_tuned: bool = False
 
     @property
@@ -61,8 +65,8 @@ class Layer:
 
     def round_to_8_bits(self, weight: Tensor) -> None:
         """weight float [N, K, ...], as it meets the balanced and rotated input."""
-        scale = channel_scale(weight)
-        self.weight8 = quantize_weight(weight, scale).cpu(), scale.cpu()
+        codes, scale = round_to_8_bits(weight, self.sample)
+        self.weight8 = codes.cpu(), scale.cpu()
 
     def weight(self, device: torch.device) -> Tensor:
         """float32 [N, K, ...], as it meets the balanced and rotated input."""
@@ -117,12 +121,18 @@ class Layer:
 
     def multiply(self, quantized: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """float32 or `dtype` out of an input that is rounded already."""
-        weight, x = self.weight(quantized.device).to(dtype), quantized.to(dtype)
+        weight, x, g = self.weight(quantized.device).to(dtype), quantized.to(dtype), self.geometry
         bias = None if self.bias is None else self.bias.to(quantized.device, dtype)
-        if not self.geometry.is_conv:
-            return F.linear(x, weight, bias)
-        g = self.geometry
-        return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        added = bias if self.gain is None else None
+        if g.is_conv:
+            out = F.conv2d(x, weight, added, g.stride, g.padding, g.dilation, g.groups)
+        else:
+            out = F.linear(x, weight, added)
+        if self.gain is None:
+            return out
+        # Behind the product: the weight itself needs no gradient then.
+        out = out * per_channel(self.gain, out.dim(), 1 if g.is_conv else -1)
+        return out if bias is None else out + per_channel(bias, out.dim(), 1 if g.is_conv else -1)
 
 
 def grid_to(grid: grouped.Grid, device: torch.device | str) -> grouped.Grid:

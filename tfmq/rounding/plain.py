@@ -11,11 +11,13 @@ from torch import nn
 
 
 @contextmanager
-def plain_parameters(module: nn.Module, leave: set[nn.Module], device: torch.device) -> Iterator[None]:
-    """Parameters and buffers of a module as float32 copies on `device`, without gradients, until the block ends.
+def plain_parameters(
+    module: nn.Module, leave: set[nn.Module], device: torch.device, widen: bool = True
+) -> Iterator[None]:
+    """Parameters and buffers of a module as copies on `device`, without gradients, until the block ends.
 
     The host loads models inside of inference mode, and autograd refuses tensors that were made there. leave: modules
-    whose own parameters are not used.
+    whose own parameters are not used. widen: floats to float32; else they keep their type.
     """
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
@@ -29,7 +31,7 @@ def plain_parameters(module: nn.Module, leave: set[nn.Module], device: torch.dev
                         continue
                     before.append((held, name, tensor))
                     copy = tensor.detach().to(device, copy=True)
-                    copy = copy.float() if copy.is_floating_point() else copy
+                    copy = copy.float() if widen and copy.is_floating_point() else copy
                     held[name] = nn.Parameter(copy, requires_grad=False) if held is child._parameters else copy
         yield
     finally:

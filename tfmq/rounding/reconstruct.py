@@ -34,6 +34,7 @@ from .ranges import Scales, tune_scales
 from .units import Unit, find_units
 
 NEAREST, FAST, BALANCED, BEST = "nearest", "fast", "balanced", "best"
+BEST_PLUS = "best+"  # balanced, and `finetune` behind it
 SETTINGS = {
     # No AdaRound: from the codes of the corrected error feedback it found nothing in hundreds of steps (measured).
     BALANCED: Settings(iterations=0, scale_iterations=150, batch=16, rate=1e-2),
@@ -67,13 +68,15 @@ class Source:
 @dataclass(frozen=True)
 class Result:
     """layers: path -> rounding. losses: unit -> (start, end), on held-out samples. rows: samples that were used.
-    peak_bytes: most bytes of collected inputs, outputs and normal equations at a time."""
+    peak_bytes: most bytes of collected inputs, outputs and normal equations at a time. biases, note: of `finetune`."""
 
     layers: dict[str, Rounded]
     losses: dict[str, tuple[float, float]]
     rows: int
     peak_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    note: str = ""
 
 
 def reconstruct(

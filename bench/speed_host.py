@@ -1,0 +1,88 @@
+"""Seconds in a real ComfyUI: pictures with and without quantization, and what calibrating and quantizing cost.
+
+The UNets of bench/unet.py with their random weights, loaded by the host, sampled by its KSampler from random
+conditionings. Text encoder and VAE are not in it: they are the same for all.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import unet
+from devkit import inprocess
+
+PROMPTS, STEPS, CFG = 3, 4, 7.0  # of the calibration and of the pictures it is compared with
+
+
+def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
+    """`picture_s`: one picture of STEPS steps, without and with quantization. `generations`: what calibration and
+    quantization take, over the time in which the float MODEL makes the pictures of the calibration's prompts. Raises
+    FileNotFoundError where there is no ComfyUI."""
+    inprocess.use_host(device.type)
+    pack = inprocess.load_pack().__name__
+    from bench.quality_kept import calibrations_in
+
+    calibrate = sys.modules[f"{pack}.tfmq.host.calibrate"]
+    swap = sys.modules[f"{pack}.tfmq.host.swap"]
+    recipe = sys.modules[f"{pack}.tfmq.scheme"].PRESETS["W8A8"]
+    config = unet.CONFIGS[model]
+    patcher = _load(config, torch.bfloat16 if device.type == "cpu" else torch.float16)
+    texts, empty = [_conditioning(config, seed) for seed in range(PROMPTS)], _conditioning(config, PROMPTS)
+    latent = {"samples": torch.zeros(1, 4, config.latent, config.latent)}
+    run = calibrate.ksampler_run(texts, empty, latent, 0, STEPS, CFG, "euler", "normal")
+
+    def picture(model: Any, number: int = 0) -> None:
+        run(model, number, lambda *_: None)
+
+    picture(patcher)  # loads it
+    float_seconds = [_seconds(partial(picture, patcher, i)) for i in range(PROMPTS)]
+    with tempfile.TemporaryDirectory() as folder, calibrations_in(Path(folder)):
+        settings = calibrate.Settings((), {})
+        started = time.perf_counter()
+        handle, _ = calibrate.calibrate(patcher, run, PROMPTS, STEPS, 25, settings)
+        calibrated = time.perf_counter()
+        quantized = swap.quantize(patcher, handle.load(), recipe, lambda *_: None)
+        ready = time.perf_counter()
+    gc.collect()
+    picture(quantized)  # packs the weights
+    our_seconds = [_seconds(partial(picture, quantized, i)) for i in range(PROMPTS)]
+    return {
+        "steps": STEPS,
+        "prompts": PROMPTS,
+        "picture_s": {"float": min(float_seconds), "ours_w8a8": min(our_seconds)},
+        "ratio": min(float_seconds) / min(our_seconds),
+        "calibrate_s": calibrated - started,
+        "quantize_s": ready - calibrated,
+        "generations": (ready - started) / sum(float_seconds),
+    }
+
+
+def _load(config: unet.Config, dtype: torch.dtype) -> Any:
+    import comfy.sd
+
+    with torch.device("meta"):
+        network = unet.UNetModel(config)
+    network = network.to_empty(device="cpu").to(dtype)
+    unet.fill(network)
+    return comfy.sd.load_diffusion_model_state_dict(network.state_dict(), model_options={"dtype": dtype})
+
+
+def _conditioning(config: unet.Config, seed: int) -> list[Any]:
+    g = torch.Generator().manual_seed(seed)
+    about = {"pooled_output": torch.randn(1, 1280, generator=g)} if config.pooled else {}
+    return [[torch.randn(1, 77, config.context, generator=g), about]]
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,59 @@
+"""The feed-forward networks of a quantized MODEL on a CPU compute in blocks, and the same."""
+
+import pytest
+import torch
+
+from support import patchers
+
+ours = patchers.module("tfmq.host.feed_forward")
+rowwise = patchers.module("tfmq.rowwise")
+store = patchers.module("tfmq.host.store")
+
+
+def forwards(patcher):
+    return [key for key in patcher.object_patches if key.endswith(".forward")]
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sizes of the blocks, which are of 3 rows here."""
+    sizes = []
+
+    def watched(function, x, width):
+        def seen(rows):
+            sizes.append(rows.numel() // rows.shape[-1])
+            return function(rows)
+
+        return in_blocks(seen, x, width)
+
+    in_blocks = rowwise.in_blocks
+    monkeypatch.setattr(rowwise, "LEAST_ROWS", 3)
+    monkeypatch.setattr(rowwise, "BLOCK", 1)
+    monkeypatch.setattr(ours, "in_blocks", watched)
+    return sizes
+
+
+def test_blocks_change_nothing(quantized, blocks, monkeypatch):
+    assert forwards(quantized)
+    found = patchers.sample(quantized)
+    assert set(blocks) >= {3}
+    monkeypatch.setattr(ours, "in_blocks", lambda function, x, width: function(x))
+    assert torch.equal(found, patchers.sample(quantized))
+
+
+def test_the_base_is_as_before(base, quantized):
+    patchers.sample(quantized)
+    before = patchers.sample(base)
+    for module in base.model.diffusion_model.modules():
+        own = module.__dict__.get("forward")
+        assert own is None or own.__func__ is type(module).forward
+    patchers.sample(quantized)
+    assert torch.equal(before, patchers.sample(base))
+
+
+def test_a_loaded_file_has_them(quantized, blocks, tmp_path):
+    with patchers.files_in(tmp_path):
+        loaded = store.load(str(store.save(quantized, "tfmq/blocks")))
+    assert forwards(loaded) == forwards(quantized)
+    assert torch.equal(patchers.sample(loaded), patchers.sample(quantized))
+    assert set(blocks) >= {3}

@@ -1,0 +1,45 @@
+"""Feed-forward networks of a quantized MODEL on a CPU, computed in blocks of rows that stay in the cache.
+
+Four times as wide as the network itself, what lies between their two layers is the largest tensor of a transformer
+block. docs/speed.md has the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from comfy.ldm.modules.attention import FeedForward
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..leaf import LeafCore
+from ..rowwise import in_blocks
+from ..scheme import Plan
+from .model import PREFIX
+
+
+def attach(patcher: ModelPatcher, plan: Plan) -> None:
+    """For a MODEL that runs on a CPU; its leaves are in place."""
+    if torch.device(patcher.load_device).type != "cpu":
+        return
+    for path, module in patcher.model.diffusion_model.named_modules():
+        schemes = [scheme for leaf, scheme in plan.layers.items() if leaf.startswith(f"{path}.")]
+        # With the branches of CFG apart, a row's grid depends on where in the batch it stands.
+        if type(module) is FeedForward and schemes and all(scheme.branches == 1 for scheme in schemes):
+            patcher.add_object_patch(f"{PREFIX}{path}.forward", _blocked(module))
+
+
+def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
+    width = max(_outputs(layer) for layer in module.modules())
+
+    def forward(x: Tensor) -> Tensor:
+        return in_blocks(module.net, x, width)
+
+    return forward
+
+
+def _outputs(layer: nn.Module) -> int:
+    if isinstance(layer, LeafCore):
+        return layer.geometry.shape[0]
+    return layer.out_features if isinstance(layer, nn.Linear) else 0

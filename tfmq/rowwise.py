@@ -1,0 +1,29 @@
+"""A chain of row-wise layers, computed in blocks of rows, so that what lies between them stays in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 21  # bytes of the widest tensor in between, per thread
+LEAST_ROWS = 512  # of a block: fewer would read the weights too often
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """function(x), for x [..., K] and a function of whose result [..., N] each row depends on its own row of x alone.
+
+    width: entries per row of the widest tensor in between. Outside of that function no such tensor is ever whole.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    step = max(LEAST_ROWS, BLOCK * torch.get_num_threads() // (width * x.element_size()))
+    if count < 2 * step:
+        return function(x)
+    first = function(rows[:step])
+    out = first.new_empty(count, first.shape[-1])
+    out[:step] = first
+    for start in range(step, count, step):
+        out[start : start + step] = function(rows[start : start + step])
+    return out.view(*x.shape[:-1], -1)
