@@ -20,7 +20,7 @@ import torch
 from bench import unet
 from devkit import inprocess
 
-PROMPTS, STEPS, CFG = 3, 4, 7.0  # of the calibration and of the pictures it is compared with
+PROMPTS, STEPS, CFG = 2, 4, 7.0  # of the calibration and of the pictures it is compared with
 
 
 def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
@@ -45,13 +45,16 @@ def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
 
     picture(patcher)  # loads it
     float_seconds = [_seconds(partial(picture, patcher, i)) for i in range(PROMPTS)]
+    print(model, "float pictures, s:", *(f"{t:.1f}" for t in float_seconds), flush=True)
     with tempfile.TemporaryDirectory() as folder, calibrations_in(Path(folder)):
         settings = calibrate.Settings((), {})
         started = time.perf_counter()
         handle, _ = calibrate.calibrate(patcher, run, PROMPTS, STEPS, 25, settings)
         calibrated = time.perf_counter()
+        print(model, f"calibrated in {calibrated - started:.1f} s", flush=True)
         quantized = swap.quantize(patcher, handle.load(), recipe, lambda *_: None)
         ready = time.perf_counter()
+    print(model, f"quantized in {ready - calibrated:.1f} s", flush=True)
     gc.collect()
     picture(quantized)  # packs the weights
     our_seconds = [_seconds(partial(picture, quantized, i)) for i in range(PROMPTS)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .quantizer import INT8_MAX, channel_scale, per_channel, quantize_weight
 
 DAMPING = 0.1  # d over the mean of the diagonal of X^T X: the columns' directions that the sample does not show
-BLOCK = 64
+BLOCK = 32
 
 
 def round_to_8_bits(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

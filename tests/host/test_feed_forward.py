@@ -57,3 +57,9 @@ def test_a_loaded_file_has_them(quantized, blocks, tmp_path):
     assert forwards(loaded) == forwards(quantized)
     assert torch.equal(patchers.sample(loaded), patchers.sample(quantized))
     assert set(blocks) >= {3}
+
+
+def test_layers_that_decode_their_weight_at_every_call_run_whole(base):
+    calibration = patchers.calibrate(base, 2)
+    for recipe in ("W4A8", "W4A16"):
+        assert not forwards(patchers.quantize(base, calibration, recipe))

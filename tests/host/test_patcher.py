@@ -182,3 +182,13 @@ def test_the_host_can_sample_at_other_sizes_and_batches(base, quantized):
 
 def _input(leaf: nn.Module) -> tuple[int, ...]:
     return (leaf.in_channels, 6, 5) if "Conv2d" in type(leaf).__name__ else (3, leaf.in_features)
+
+
+def test_a_leaf_that_moves_lets_go_of_what_was_prepared(quantized):
+    before = patchers.sample(quantized)
+    found = [leaf for leaf in patchers.leaves(quantized).values() if leaf.scheme.weight_bits == 8]
+    assert found and all(leaf._prepared is not None for leaf in found)
+    for leaf in found:
+        leaf.to("cpu")
+        assert leaf._prepared is None
+    assert torch.equal(patchers.sample(quantized), before)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..leaf import LeafCore
 from ..rowwise import in_blocks
-from ..scheme import Plan
+from ..scheme import NONE, Plan, Scheme
 from .model import PREFIX
 
 
@@ -24,10 +24,16 @@ def attach(patcher: ModelPatcher, plan: Plan) -> None:
     if torch.device(patcher.load_device).type != "cpu":
         return
     for path, module in patcher.model.diffusion_model.named_modules():
-        schemes = [scheme for leaf, scheme in plan.layers.items() if leaf.startswith(f"{path}.")]
-        # With the branches of CFG apart, a row's grid depends on where in the batch it stands.
-        if type(module) is FeedForward and schemes and all(scheme.branches == 1 for scheme in schemes):
-            patcher.add_object_patch(f"{PREFIX}{path}.forward", _blocked(module))
+        if type(module) is FeedForward:
+            layers = [f"{path}.{name}" for name, layer in module.named_modules() if _outputs(layer)]
+            if all(layer in plan.layers and _fits(plan.layers[layer]) for layer in layers):
+                patcher.add_object_patch(f"{PREFIX}{path}.forward", _blocked(module))
+
+
+def _fits(scheme: Scheme) -> bool:
+    """Whether such a layer is as fast in blocks. One that decodes its weight at every call would do so for each; and
+    with the branches of CFG apart, a row's grid depends on where in the batch it stands."""
+    return scheme.weight_bits == 8 and scheme.activation != NONE and scheme.branches == 1
 
 
 def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:

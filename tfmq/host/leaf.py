@@ -160,12 +160,17 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> _HostLeaf:
+        # What was prepared on one device would stay there when the weight leaves.
+        self._prepared = None
         # nn.Module._apply swaps `param.data`, which a wrapper subclass does not take.
         for name, param in self._parameters.items():
             if param is not None:
                 moved = fn(param)
                 if moved.is_inference() and not torch.is_inference_mode_enabled():
                     moved = moved.clone()
+                off_gpu = moved.device.type == "cpu" and isinstance(moved, QuantizedTensor)
+                if off_gpu and not moved._qdata.is_contiguous():  # in its kernel's order; the host streams plain ones
+                    moved._qdata = moved._qdata.contiguous()
                 self.register_parameter(name, nn.Parameter(moved, requires_grad=False))
         for name, buffer in self._buffers.items():
             if buffer is not None:

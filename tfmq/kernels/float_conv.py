@@ -28,6 +28,11 @@ def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
     return Prepared(codes.contiguous(memory_format=torch.channels_last), scale, geometry)
 
 
+def view(weight: Prepared) -> Tensor:
+    """The codes that `prepare` was given, in the memory of `weight`."""
+    return weight.codes
+
+
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """x float [B, C, H, W] -> [B, N, H', W'] in x's dtype; of the grid only the balance counts.
 

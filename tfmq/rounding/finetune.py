@@ -5,8 +5,8 @@ are trained with the straight-through estimator, all layers quantized at once, s
 float network on the same inputs. Block reconstruction sees one unit at a time and cannot know which of its
 errors the rest of the network forgives.
 
-Trained here, all at once, by Adam with a cosine to 0: the scale of every static activation and of every output channel
-of a 4-bit weight, both as the logarithm of the scale over its start, and the biases of these layers and of those that
+Trained here, all at once, by Adam with a cosine to 0: the scale of the static activation and of every output channel
+of each 4-bit layer, both as the logarithm of the scale over its start, and the biases of these layers and of those that
 read nothing but the timestep (QuEST's time embedding layers, float here). Loss: squared error of the prediction over
 that of the start in the same interval. The state with the least loss on pictures that do not teach is kept, if that is
 less than the start's by more than chance.
@@ -342,6 +342,7 @@ class _Work:
 
     def _call(self, indices: Tensor, _: Any, rows: Rows, dtype: torch.dtype) -> list[Tensor]:
         self.rows, self.product_dtype = rows, dtype
+        indices = indices.cpu()
         try:
             self.source.run(indices.tolist())
             weight = self.weight[indices].to(self.device)
