@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.quantizer import affine_grid
+from support.rounding import four_bit_layers
 from tfmq.rounding.finetune import Settings, Tuned, _Recomputed, _Work, finetune
-from tfmq.rounding.layer import Layer
 from tfmq.rounding.reconstruct import Source, reconstruct
-from tfmq.scheme import DYNAMIC, STATIC, Scheme
+from tfmq.scheme import DYNAMIC, STATIC
 from tfmq.solve import Rounded
 
 ROWS, INTERVALS, WIDTH = 128, 4, 32
@@ -76,7 +74,7 @@ class Case:
         self.x, self.emb = torch.randn(ROWS, 4, 4, 4), torch.randn(ROWS, 8)
         index = torch.arange(ROWS)
         self.source = Source(self.run, index * INTERVALS // ROWS, index % 2, (index % 8).tolist(), ["all"] * ROWS)
-        self.layers = self._layers()
+        self.layers = four_bit_layers(self.network, PLAN, lambda: self.run(list(range(ROWS))), INTERVALS, bits=5)
         weights = {path: self.network.get_parameter(f"{path}.weight") for path in PLAN}
         self.start = reconstruct(
             self.network, self.layers, weights.__getitem__, self.source, "nearest", device=CPU
@@ -84,27 +82,6 @@ class Case:
 
     def run(self, indices: list[int]) -> Tensor:
         return self.network(self.x[indices], self.emb[indices])
-
-    def _layers(self) -> dict[str, Layer]:
-        inputs: dict[str, Tensor] = {}
-        modules = {path: self.network.get_submodule(path) for path in PLAN}
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args, path=path: inputs.__setitem__(path, args[0]))
-            for path, m in modules.items()
-        ]
-        self.run(list(range(ROWS)))
-        for hook in hooks:
-            hook.remove()
-        found = {}
-        for path, activation in PLAN.items():
-            geometry = geometry_of(modules[path])
-            assert isinstance(geometry, Geometry)
-            layer = Layer(Scheme(4, 5, activation, group=16 if path != "stem" else 4), geometry, modules[path].bias)
-            if activation == STATIC:
-                low, high = (torch.full((INTERVALS,), float(v)) for v in torch.aminmax(inputs[path]))
-                layer.act_scale, layer.act_zero_point = affine_grid(low, high, 5)
-            found[path] = layer
-        return found
 
     def tune(self, settings: Settings = SHORT, start: dict[str, Rounded] | None = None, **options: Any) -> Tuned:
         return finetune(

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.rounding import four_bit_layers
 from tfmq import grouped
 from tfmq.errors import TfmqError
-from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.quantizer import affine_grid
+from tfmq.kernels.geometry import Geometry
 from tfmq.rounding.adaround import Settings
 from tfmq.rounding.layer import Layer, Rows
 from tfmq.rounding.reconstruct import Result, Source, reconstruct
@@ -82,25 +82,7 @@ class Case:
         return self.network(self.x[indices], self.scale[indices])
 
     def layers(self) -> dict[str, Layer]:
-        inputs: dict[str, Tensor] = {}
-        modules = {path: self.network.get_submodule(path) for path in PLAN}
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args, path=path: inputs.__setitem__(path, args[0]))
-            for path, m in modules.items()
-        ]
-        self.run(list(range(ROWS)))
-        for hook in hooks:
-            hook.remove()
-        found = {}
-        for path, activation in PLAN.items():
-            geometry = geometry_of(modules[path])
-            assert isinstance(geometry, Geometry)
-            layer = Layer(Scheme(4, 8, activation, group=16), geometry, modules[path].bias)
-            if activation == STATIC:
-                low, high = (torch.full((INTERVALS,), float(v)) for v in torch.aminmax(inputs[path]))
-                layer.act_scale, layer.act_zero_point = affine_grid(low, high)
-            found[path] = layer
-        return found
+        return four_bit_layers(self.network, PLAN, lambda: self.run(list(range(ROWS))), INTERVALS)
 
     def solve(self, preset: str, settings: Settings | None = None, **options: Any) -> Result:
         def weight(path: str) -> Tensor:
