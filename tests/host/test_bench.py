@@ -96,7 +96,7 @@ def test_the_hosts_own_layers_compute_in_its_formats():
     inprocess.use_host()
     import comfy.ops
 
-    from bench.host_formats import _int8_linear, rotation_of
+    from bench.host_formats import int8_linear, rotation_of
 
     assert [rotation_of(n) for n in (1280, 768, 320, 48, 20)] == [256, 256, 64, 16, None]
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_the_hosts_own_layers_compute_in_its_formats():
         exact = linear(x)
         errors = {}
         for rotated in (False, True):
-            layer = _int8_linear(linear, rotated)
+            layer = int8_linear(linear, rotated)
             assert isinstance(layer, comfy.ops.CastWeightBiasOp) and "MixedPrecisionOps" in type(layer).__qualname__
             assert layer.weight._qdata.dtype == torch.int8
             assert layer.weight._params.scale.numel() == 32
