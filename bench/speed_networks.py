@@ -27,7 +27,7 @@ from tfmq.kernels.table import LINEAR_DYNAMIC, pick
 from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
 from tfmq.observe import ModelObserver
 from tfmq.packed_codes import PackedCodes
-from tfmq.rowwise import in_blocks
+from tfmq.rowwise import in_blocks, suits
 from tfmq.scheme import PRESETS
 from tfmq.solve import solve_layer
 from tfmq.temporal.tib import boundary_layers, find_tib
@@ -123,7 +123,8 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
     clock.set(inputs[1])
     if device.type == "cpu":
         for part in network.modules():
-            if isinstance(part, unet.FeedForward):
+            inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]
+            if isinstance(part, unet.FeedForward) and all(map(suits, inner)):
                 vars(part)["forward"] = partial(in_blocks, part.net, width=part.width)
     labels = [scheme.label for scheme in plan.layers.values()]
     notes = ", ".join(f"{labels.count(label)} {label}" for label in sorted(set(labels)))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .scheme import NONE, Scheme
+
 BLOCK = 1 << 21  # bytes of the widest tensor in between, per thread
 LEAST_ROWS = 512  # of a block: fewer would read the weights too often
 
@@ -27,3 +29,12 @@ def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Te
     for start in range(step, count, step):
         out[start : start + step] = function(rows[start : start + step])
     return out.view(*x.shape[:-1], -1)
+
+
+def suits(scheme: Scheme) -> bool:
+    """Whether such a layer is as fast and as right in blocks of rows.
+
+    One that decodes its weight at every call would do so for each block; and with the branches of CFG apart, a row's
+    grid depends on where in the batch it stands.
+    """
+    return scheme.weight_bits == 8 and scheme.activation != NONE and scheme.branches == 1

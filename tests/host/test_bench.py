@@ -211,3 +211,17 @@ def test_resident_bytes_counts_what_is_held_and_nothing_twice():
     codes = sum(leaf.weight._qdata.nbytes for leaf in patchers.leaves(quantized).values())
     assert stored_bytes(quantized) <= before <= after <= before + 1.1 * codes
     assert after > before
+
+
+def test_seconds_in_a_real_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures, calibration and quantization of a network that is small enough to wait for."""
+    from bench import speed_host, unet
+
+    small = unet.Config(8, (1,), (1,), 1, 768, None, False, 0, blocks=1)
+    monkeypatch.setitem(unet.CONFIGS, "sd15", small)
+    monkeypatch.setattr(speed_host, "PROMPTS", 2)
+    monkeypatch.setattr(speed_host, "STEPS", 2)
+    with torch.inference_mode():
+        found = speed_host.end_to_end("sd15", torch.device("cpu"))
+    assert (found["prompts"], found["steps"]) == (2, 2)
+    assert min(*found["picture_s"].values(), found["calibrate_s"], found["quantize_s"], found["generations"]) > 0

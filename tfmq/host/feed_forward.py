@@ -14,8 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..leaf import LeafCore
-from ..rowwise import in_blocks
-from ..scheme import NONE, Plan, Scheme
+from ..rowwise import in_blocks, suits
+from ..scheme import Plan
 from .model import PREFIX
 
 
@@ -26,14 +26,8 @@ def attach(patcher: ModelPatcher, plan: Plan) -> None:
     for path, module in patcher.model.diffusion_model.named_modules():
         if type(module) is FeedForward:
             layers = [f"{path}.{name}" for name, layer in module.named_modules() if _outputs(layer)]
-            if all(layer in plan.layers and _fits(plan.layers[layer]) for layer in layers):
+            if all(layer in plan.layers and suits(plan.layers[layer]) for layer in layers):
                 patcher.add_object_patch(f"{PREFIX}{path}.forward", _blocked(module))
-
-
-def _fits(scheme: Scheme) -> bool:
-    """Whether such a layer is as fast in blocks. One that decodes its weight at every call would do so for each; and
-    with the branches of CFG apart, a row's grid depends on where in the batch it stands."""
-    return scheme.weight_bits == 8 and scheme.activation != NONE and scheme.branches == 1
 
 
 def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:

@@ -32,9 +32,7 @@ def plain_parameters(
                     before.append((held, name, tensor))
                     copy = tensor.detach().to(device, copy=True)
                     merge = getattr(child, f"{name}_lowvram_function", None)
-                    if (
-                        merge is not None
-                    ):  # a patch that the host merges as it streams the weight in, which it now will not
+                    if merge is not None:  # a patch that the host would merge as it streams the weight in
                         copy = merge(copy)
                     copy = copy.float() if widen and copy.is_floating_point() else copy
                     held[name] = nn.Parameter(copy, requires_grad=False) if held is child._parameters else copy
