@@ -41,7 +41,7 @@ from devkit import inprocess
 from tfmq.report import atomic, metrics
 
 from .quality_kept import Kept, calibrations_in
-from .quality_makers import ABLATED, BEST, MAKERS, MIXED, Source, dominated, in_bytes, make
+from .quality_makers import ABLATED, EFFORTS, MAKERS, MIXED, Source, dominated, in_bytes, make
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT, CALIBRATION = 64, 16
@@ -240,7 +240,7 @@ class Run:
         """Whether a mixed plan of at most the bytes of each other entry is at least as good."""
 
         def measure(name: str, size: int) -> dict[str, Any] | None:
-            mixed = in_bytes(source, size, "best" if name == BEST else "balanced")
+            mixed = in_bytes(source, size, EFFORTS.get(name, "balanced"))
             found = None if mixed is None else self._figures(mixed, reference)
             say(f"{DOMINATES}: in the bytes of {name}: {'none' if found is None else found['psnr_db']} dB")
             return found

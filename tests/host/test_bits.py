@@ -59,6 +59,15 @@ def test_a_size_is_kept_and_spent(base, calibration, monkeypatch):
     assert megabytes(larger) > megabytes(mixed)
 
 
+def test_larger_groups_are_taken_before_a_size_is_refused(base, calibration):
+    sizes = {group: megabytes(patchers.quantize(base, calibration, "W4A8", group=group)) for group in ("32", "64")}
+    assert sizes["64"] < sizes["32"]
+    mixed = patchers.quantize(base, calibration, UNDER, size_mb=(sizes["32"] + 3 * sizes["64"]) / 4)
+    plan = mixed.attachments["tfmq"].plan
+    assert plan.recipe.group == 64 and 64 in {scheme.group for scheme in plan.layers.values()}
+    assert sizes["64"] * 0.999 < megabytes(mixed) < sizes["32"]
+
+
 def test_a_quality_is_met_by_the_measured_errors(base, calibration):
     sizes = {}
     for decibels in (20.0, 40.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq.compensate import BLOCK, DAMPING, compensated
+from tfmq.compensate import AT_ONCE, DAMPING, GROUP, compensated
 from tfmq.quantizer import channel_scale, dequantize_weight, quantize_weight
 
 
@@ -18,23 +18,24 @@ def alike(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def by_definition(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
-    """Each column from the minimum over all columns that are left, solved anew every time, in float64."""
+    """Each group of columns from the minimum over all columns that are left, solved anew every time, in float64."""
     x = rows.double() / rows.double().square().sum(0).mean().sqrt()
     order = x.square().sum(0).argsort(descending=True)
     x, w = x[:, order], (weight.double() / scale.double().unsqueeze(1))[:, order]
     codes = torch.zeros_like(w)
-    for k in range(w.shape[1]):
+    for k in range(0, w.shape[1], GROUP):
+        group = slice(k, k + GROUP)
         u = (codes[:, :k] - w[:, :k]) @ x[:, :k].t()
         free = x[:, k:]
         hessian = free.t() @ free + DAMPING * torch.eye(free.shape[1], dtype=x.dtype)
-        moved = -torch.linalg.solve(hessian, free.t() @ u.t())[0]
-        codes[:, k] = (w[:, k] + moved).round().clamp(-127, 127)
+        moved = -torch.linalg.solve(hessian, free.t() @ u.t())[:GROUP].t()
+        codes[:, group] = (w[:, group] + moved).round().clamp(-127, 127)
     out = torch.empty_like(codes)
     out[:, order] = codes
     return out.to(torch.int8)
 
 
-@pytest.mark.parametrize("columns", [7, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("columns", [GROUP - 1, 4 * GROUP, 4 * GROUP + 1, 8 * GROUP + 5])
 @pytest.mark.parametrize("rows", [1, 12, 90])
 def test_every_column_makes_up_for_those_before_it(columns: int, rows: int) -> None:
     weight, x = draw(9, columns), alike(rows, columns)
@@ -44,6 +45,15 @@ def test_every_column_makes_up_for_those_before_it(columns: int, rows: int) -> N
     assert float((got != expected).float().mean()) < 0.02
     error = [float((x @ (dequantize_weight(c, scale) - weight).t()).square().sum()) for c in (got, expected)]
     assert error[0] == pytest.approx(error[1], rel=0.05)
+
+
+def test_more_groups_than_are_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = draw(9, 11 * GROUP + 3), alike(12, 11 * GROUP + 3)
+    scale = channel_scale(weight)
+    whole = compensated(weight, scale, x)
+    assert AT_ONCE > 12
+    monkeypatch.setattr("tfmq.compensate.AT_ONCE", 5)
+    assert torch.equal(whole, compensated(weight, scale, x))
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (24, 12, 3, 3)], ids=str)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..calibration import Calibration
 from ..decide import decide, scheme_of
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
+from ..grouped import GROUPS
 from ..kernels.geometry import Geometry
 from ..samples import Samples
 from ..scheme import Plan, Recipe, Scheme
@@ -49,10 +51,32 @@ def mixed_plan(
 ) -> Plan:
     """Bits per layer from {4, 8, 16} under `recipe.budget` bytes of file, or for `recipe.quality` dB of the prediction.
 
-    keep: path -> why it must stay in float. costs: of a per-token layer and of a rotation on this machine.
+    Where 4 bits in the recipe's groups are too large for the budget, larger groups are taken; the plan's recipe says
+    which. keep: path -> why it must stay in float. costs: of a per-token layer and of a rotation on this machine.
     progress: (done, total).
     Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
     """
+    trials = [replace(recipe, group=group) for group in GROUPS if group > recipe.group]
+    for trial in (recipe, *trials[:-1]):
+        with suppress(_TooLarge):
+            return _plan(patcher, calibration, trial, keep, geometries, costs, progress)
+    return _plan(patcher, calibration, trials[-1] if trials else recipe, keep, geometries, costs, progress)
+
+
+class _TooLarge(TfmqError):
+    """No plan is as small as the budget."""
+
+
+def _plan(
+    patcher: ModelPatcher,
+    calibration: Calibration,
+    recipe: Recipe,
+    keep: Mapping[str, str],
+    geometries: Mapping[str, Geometry],
+    costs: tuple[float, float],
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """`mixed_plan` with the recipe's own groups."""
     network = patcher.model.diffusion_model
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
     eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, *costs)
@@ -88,7 +112,7 @@ def _solved(recipe: Recipe, choices: Mapping[str, list[Option]], rest: int) -> d
         plan = least_error(choices, recipe.budget - rest)
         if plan is None:
             smallest = rest + sum(min(o.size for o in options) for options in choices.values())
-            raise TfmqError(
+            raise _TooLarge(
                 f"A size of {recipe.budget / MEGABYTE:.1f} MB cannot be met: the smallest that this model allows is "
                 f"{smallest / MEGABYTE:.1f} MB; set size_mb to at least that."
             )
