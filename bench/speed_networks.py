@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench import unet
 from devkit import inprocess
+from tfmq import norm_chain
 from tfmq.calibration import Calibration
 from tfmq.decide import decide
 from tfmq.errors import TfmqError
@@ -121,6 +122,10 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         setattr(network.get_submodule(parent), own, leaf(state, geometry, clock, module.bias))
         del module
     clock.set(inputs[1])
+    for part in network.modules():
+        if isinstance(part, unet.ResBlock):
+            for layers_in_turn in (part.in_layers, part.out_layers):
+                vars(layers_in_turn)["forward"] = partial(norm_chain.run, layers_in_turn)
     if device.type == "cpu":
         for part in network.modules():
             inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]

@@ -6,6 +6,9 @@ its own way. `QuantLinear` and `QuantConv2d` here hold plain tensors and need to
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,14 +17,17 @@ from torch.nn import functional as F
 
 from .grouped import Grid, Packed
 from .guidance import split
-from .kernels.geometry import Geometry, StaticInput
-from .kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from .kernels.geometry import Codes, Geometry, Norm, StaticInput
+from .kernels.table import CONV2D_STATIC, CONV2D_STATIC_NORMED, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from .last_input import Reading
 from .packed_codes import PackedCodes, plain
 from .quantizer import dequantize_weight, per_channel
 from .rotation import rotate, unrotate
 from .scheme import NONE
 from .solve import LayerState
 from .timeline import Clock
+
+TABLES = "act_scale", "act_zero_point", "inverse_balance", "permutations"
 
 
 class LeafCore(nn.Module):
@@ -46,30 +52,80 @@ class LeafCore(nn.Module):
         if state.act_scale is None:
             self.operation = LINEAR_DYNAMIC
         inverse = None if state.balance is None else state.balance.reciprocal()
-        for name, value in (
-            ("act_scale", state.act_scale),
-            ("act_zero_point", state.act_zero_point),
-            ("inverse_balance", inverse),
-            ("permutations", state.permutations),
-        ):
+        tables = state.act_scale, state.act_zero_point, inverse, state.permutations
+        for name, value in zip(TABLES, tables, strict=True):
             self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
+        self.reading = self._how_it_reads()
+        self.readers = 1
 
-    def compute(self, x: Tensor, owner: object, codes: Tensor | Packed, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def _how_it_reads(self) -> Reading | None:
+        """As `last_input.Reader.reading`."""
+        if self.geometry.is_conv or self.scheme.activation == NONE or self.scheme.branches > 1:
+            return None
+        tables = [getattr(self, name) for name in TABLES]
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.operation, self.scheme.activation_bits, self.scheme.rotation)).encode())
+        for table in tables:
+            digest.update(b"none" if table is None else f"{table.dtype} {tuple(table.shape)}".encode())
+            if table is not None:
+                digest.update(table.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return Reading(digest.digest(), any(table is not None for table in tables))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in TABLES:
+            self.reading = None  # no longer those that it was made of
+        super().__setattr__(name, value)
+
+    def compute(
+        self,
+        x: Tensor,
+        owner: object,
+        codes: Tensor | Packed,
+        scale: Tensor,
+        bias: Tensor | None,
+        norm: Norm | None = None,
+    ) -> Tensor:
         """Run the layer on integer codes, int8 [N, K, ...] or packed. owner: what `codes` belong to; while it is the
         same object, the prepared form of the weight is reused. None: they are here for this call alone, and nothing is
-        kept of them."""
+        kept of them. norm: the input is SiLU(norm(x))."""
         if x.numel() == 0:
             return self._empty(x)
         prepared = self._prepare(x.device, owner, codes, scale)
-        run = getattr(prepared[1].module, self.operation)
+        module, weight = prepared[1].module, prepared[2]
+        if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
+            made = self.clock.last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
+            if made is not None:
+                return module.multiply(made, weight, bias).to(x.dtype)
+        rows, inverse = self._rotated(x)
+        run = getattr(module, self.operation)
+        if norm is not None and self._takes_norm(module):
+            run = partial(getattr(module, CONV2D_STATIC_NORMED), norm=norm)
+        elif norm is not None:
+            rows = F.silu(norm(x))
+        return self._run(rows, weight, inverse, bias, run).to(x.dtype)
+
+    def _takes_norm(self, module: ModuleType) -> bool:
+        # A grid of fewer bits has its input clipped, which would be too early.
+        static = self.operation == CONV2D_STATIC and self.scheme.activation_bits == 8
+        return static and hasattr(module, CONV2D_STATIC_NORMED)
+
+    def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is quantized of x, and what it still has to be multiplied by."""
         if not self.scheme.rotation:
-            return self._run(x, prepared[2], self.inverse_balance, bias, run)
+            return x, self.inverse_balance
         rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
         # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway.
         narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32
-        rows = rotate(rows.to(narrow), self.scheme.rotation, self.permutations)
-        return self._run(rows, prepared[2], None, bias, run).to(x.dtype)
+        return rotate(rows.to(narrow), self.scheme.rotation, self.permutations), None
+
+    def _quantize(self, x: Tensor, weight: Any, module: ModuleType) -> Codes:
+        """The first half of a Linear."""
+        rows, inverse = self._rotated(x)
+        if self.act_scale is None:
+            return module.quantize_dynamic(rows, weight, inverse, self.scheme.activation_bits)
+        grid = self._grid_now(x.device, self.act_scale, self._zero_points(), inverse)
+        return module.quantize_static(self._clipped(rows, grid), weight, grid)
 
     def _run(self, x: Tensor, weight: Any, inverse_balance: Tensor | None, bias: Tensor | None, run: Any) -> Tensor:
         """inverse_balance: what x still has to be multiplied by."""
@@ -161,10 +217,11 @@ class _PlainLeaf(LeafCore):
         self.register_buffer("zero", state.zero)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """norm: a convolution's input is SiLU(norm(x))."""
         if self.scheme.activation == NONE:
-            return self._float(x, self.dequantize().to(x.dtype))
-        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias)
+            return self._float(x if norm is None else F.silu(norm(x)), self.dequantize().to(x.dtype))
+        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias, norm)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.codes, self._prepared = plain(self.codes), None  # they are about to be written to

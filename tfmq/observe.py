@@ -4,14 +4,19 @@ A run has two stages. In the first every layer learns the range of each input ch
 follows the balance vector, and from a sample of its input whether and how it could be rotated. In the second it learns
 the distribution of the balanced input and the error that per-token quantization would make on it, without and with that
 rotation.
+
+Linear layers that read one tensor (q, k, v; w1 and w3 of a gated network) are observed as one: the same balance,
+rotation and grid for all, so that at run time the tensor is quantized once.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +41,8 @@ OFFERED = 4  # rows of one input that may be among them
 class LayerStatistics:
     """What was learnt about one layer.
 
-    kind: "linear" or "conv2d". shape: of the weight. order: place in the order of execution. low, high [I]: least and
+    kind: "linear" or "conv2d". shape: of the weight. order: place in the order of execution. All else is equal in
+    Linear layers that read one tensor. low, high [I]: least and
     greatest balanced input. balance [K] or None. histogram [I, B] of the balanced input over equal bins of
     [bin_low, bin_high]. row_error [I, 2]: squared error of per-token quantization, and energy (zeros for conv2d).
     vector: every input had one row per image (no tokens, no pixels). branches [2, I, B]: the histogram of the
@@ -73,7 +79,8 @@ class LayerStatistics:
 
 
 class LayerObserver:
-    """Statistics of one Linear or Conv2d; constant memory of I * (2 K + 4 B) + KEPT * K' numbers."""
+    """Statistics of one Linear or Conv2d, or of several Linear that read one tensor; constant memory of
+    I * (2 K + 4 B) + KEPT * K' numbers."""
 
     def __init__(self, module: nn.Module, intervals: int) -> None:
         weight = module.weight
@@ -88,7 +95,6 @@ class LayerObserver:
         self.square = torch.zeros(channels, dtype=torch.float64)
         self.rows = 0
         self.calls = 0
-        self.order = -1
         self.vector = True
         self.balance: Tensor | None = None
         self.histogram: Tensor | None = None
@@ -168,7 +174,8 @@ class LayerObserver:
         return image[:, down.to(x.device).unsqueeze(1), across.to(x.device)] * inside
 
     def end_first_stage(self, weight: Tensor) -> None:
-        """Choose the balance and lay out the histograms. weight: the layer's float weight, on any device."""
+        """Choose the balance and lay out the histograms. weight: the layer's float weight, on any device; of several
+        layers those of all, one below the other."""
         if self.calls == 0:
             return
         mean_square = self.square / max(self.rows, 1)
@@ -194,7 +201,7 @@ class LayerObserver:
         return (self.low / balance).amin(1), (self.high / balance).amax(1)
 
     def statistics(self) -> LayerStatistics | None:
-        """What was learnt, or None if the layer never ran."""
+        """What was learnt, or None if the layer never ran. shape and order are those of no layer in particular."""
         if self.histogram is None or int(self.histogram.sum()) == 0:
             return None
         low, high = self._balanced_range()
@@ -202,7 +209,7 @@ class LayerObserver:
         if self.balance is not None:
             mean_square = mean_square / self.balance.square()
         plain = LayerStatistics(
-            self.kind, self.shape, self.order, low, high, self.balance,
+            self.kind, self.shape, -1, low, high, self.balance,
             self.histogram.sum(0), self.bin_low, self.bin_high, self.row_error, self.vector,
             _apart(self.histogram, self.bin_low, self.bin_high), mean_square,
             rows=self.kept[: self.offered] if self.offered and not self.vector else None,
@@ -274,10 +281,31 @@ def _row_error(rows: Tensor) -> Tensor:
     return torch.stack([error, rows.square().sum()]).double().cpu()
 
 
+@dataclass(eq=False)
+class _Read:
+    """The last tensor that a Linear read: who observed it, the paths that read it, and the sums over its rows [K],
+    where a sibling may follow. An inference tensor has no version that would tell that it was written to."""
+
+    input: weakref.ref[Tensor]
+    observer: LayerObserver
+    paths: set[str]
+    sums: Tensor | None
+
+
+def _together(weights: list[Tensor]) -> Tensor:
+    """The weights [N, K] of siblings, one below the other, each at unit size: it is relative errors that count, and a
+    layer of small weights is not worth less."""
+    parts = [weight.detach().cpu().float() for weight in weights]
+    return torch.cat([w / w.square().mean().sqrt().clamp_min(1e-20) for w in parts])
+
+
 class ModelObserver:
     """Watches the inputs of the given layers of a model. A context manager: on exit not a hook is left behind.
 
     `layers`: (path, Linear or Conv2d). The clock says which interval a call belongs to.
+
+    Linear layers become siblings, which share an observer, when one runs for the first time right after another and
+    reads the same tensor, with the same in it. What a sibling reads alone later on is observed as well.
     """
 
     def __init__(self, layers: Iterable[tuple[str, nn.Module]], clock: Clock) -> None:
@@ -285,7 +313,9 @@ class ModelObserver:
         self.clock = clock
         self.observers = {path: LayerObserver(m, clock.partition.count) for path, m in self.layers.items()}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._ran = 0
+        self._order: dict[str, int] = {}
+        self._siblings: set[str] = set()  # paths of layers that have any
+        self._last: _Read | None = None
         self.interval = 0
         self.active = True  # whether the call that runs counts
         self.branches: tuple[int, ...] = (0,)
@@ -301,33 +331,74 @@ class ModelObserver:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._last = None
 
     def start_call(self, t: Tensor, branches: tuple[int, ...] = (0,)) -> None:
         """Tell the timesteps [B] and the branches (`Clock.set`) of the model call that begins."""
+        self._last = None
         self.branches = branches
         self.clock.set(t, branches)
         self.interval = int(self.clock.index(t.device))
 
     def end_first_stage(self, weights: dict[str, Tensor] | None = None) -> None:
         """Close the first stage; `weights`: the float weight of a layer where it differs from the module's own."""
+        groups: dict[LayerObserver, list[Tensor]] = {}
         for path, observer in self.observers.items():
             weight = (weights or {}).get(path, self.layers[path].weight)
             assert isinstance(weight, Tensor)
-            observer.end_first_stage(weight)
+            groups.setdefault(observer, []).append(weight)
+        for observer, own in groups.items():
+            observer.end_first_stage(own[0] if len(own) == 1 else _together(own))
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Statistics of every layer that ran, in the order of execution."""
-        found = {path: s for path, o in self.observers.items() if (s := o.statistics()) is not None}
-        return dict(sorted(found.items(), key=lambda item: item[1].order))
+        found = {observer: observer.statistics() for observer in set(self.observers.values())}
+        ran = {path: found[self.observers[path]] for path in self._order}
+        return {path: self._own(path, s) for path, s in ran.items() if s is not None}
+
+    def _own(self, path: str, statistics: LayerStatistics) -> LayerStatistics:
+        """`statistics` as those of one layer; nothing of them is another's, since a file holds no tensor twice."""
+        weight = self.layers[path].weight
+        assert isinstance(weight, Tensor)
+        changed: dict[str, Any] = {"shape": tuple(weight.shape), "order": self._order[path]}
+        if path in self._siblings:
+            changed |= {name: value.clone() for name, value in vars(statistics).items() if isinstance(value, Tensor)}
+        if statistics.rotated is not None:
+            changed["rotated"] = self._own(path, statistics.rotated)
+        return replace(statistics, **changed)
+
+    def _reads(self, path: str, x: Tensor) -> LayerObserver | None:
+        """Who is to observe what the layer reads; None: it was observed when a sibling read it."""
+        observer, last, first = self.observers[path], self._last, path not in self._order
+        self._order.setdefault(path, len(self._order))
+        if observer.kind != "linear":
+            self._last = None
+            return observer
+        sums = None
+        if first or path in self._siblings:
+            sums = x.detach().reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32)
+        if (
+            last is not None
+            and last.input() is x
+            and path not in last.paths
+            and last.sums is not None
+            and sums is not None
+            and torch.equal(last.sums, sums)
+        ):
+            # Later than the first stage each has a balance of its own.
+            if first and observer.histogram is None and last.observer.histogram is None:
+                observer = self.observers[path] = last.observer
+                self._siblings |= {path, *last.paths}
+            if observer is last.observer:
+                last.paths.add(path)
+                return None
+        self._last = _Read(weakref.ref(x), observer, {path}, sums)
+        return observer
 
     def _hook(self, path: str):
-        observer = self.observers[path]
-
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if observer.order < 0:
-                observer.order = self._ran
-                self._ran += 1
-            if not self.active:
+            observer = self._reads(path, args[0])
+            if observer is None or not self.active:
                 return
             try:
                 observer.observe(args[0], self.interval, self.branches)

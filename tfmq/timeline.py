@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .last_input import LastInput
+
 
 @dataclass(frozen=True)
 class TimeAxis:
@@ -77,6 +79,7 @@ class Clock:
         self.partition = partition
         self._index: dict[torch.device, Tensor] = {}
         self.branches: tuple[int, ...] = (0,)
+        self.last_input = LastInput()
 
     def set(self, t: Tensor, branches: tuple[int, ...] = (0,)) -> None:
         """`t`: timesteps of one call, [B] or a scalar; the rows of one call share their timestep, the first counts.
@@ -84,6 +87,7 @@ class Clock:
         `branches`: which equal share of the batch is conditional (0) and which unconditional (1), in order.
         """
         self.branches = branches
+        self.last_input.drop()
         index = self.partition.index(self.axis.position(t.reshape(-1)[:1]))
         self._slot(t.device).copy_(index)
         for device, slot in self._index.items():

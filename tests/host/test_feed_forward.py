@@ -11,7 +11,7 @@ store = patchers.module("tfmq.host.store")
 
 
 def forwards(patcher):
-    return [key for key in patcher.object_patches if key.endswith(".forward")]
+    return [key for key in patcher.object_patches if key.endswith(".ff.forward")]
 
 
 @pytest.fixture

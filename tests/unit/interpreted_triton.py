@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tfmq import grouped
+from tfmq import grouped, norm_chain
 from tfmq.kernels import reference, table, triton_backend, triton_launch
-from tfmq.kernels.geometry import Geometry, StaticInput
+from tfmq.kernels.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels.triton_launch import Prepared, tuner
 from tfmq.kernels.triton_tune import Tile
 from tfmq.leaf import QuantConv2d
@@ -118,6 +118,26 @@ def test_packed_codes_are_kept_as_they_are() -> None:
     prepared = triton_backend.prepare_packed(packed, geometry)
     assert prepared.codes.data_ptr() == packed.codes.data_ptr()
     assert torch.equal(prepared.sums, packed.int8().flatten(1).sum(1).int())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_of_4_and_of_8_bits_read_the_same_codes(dynamic: bool) -> None:
+    """As q, k and v do (tfmq/last_input.py) where the bits were chosen for each."""
+    geometry = Geometry((24, 48))
+    weights = (
+        triton_backend.prepare_packed(packed_of(geometry, 16, 0), geometry),
+        triton_backend.prepare(*layer(geometry, 1), geometry),
+    )
+    x, grid, bias = torch.randn(3, 5, 48, generator=generator(0)), grid_of(48), torch.randn(24)
+    for first in weights:
+        if dynamic:
+            codes = triton_backend.quantize_dynamic(x, first, grid.inverse_balance)
+            expected = [triton_backend.linear_dynamic(x, w, grid.inverse_balance, bias) for w in weights]
+        else:
+            codes = triton_backend.quantize_static(x, first, grid)
+            expected = [triton_backend.linear_static(x, w, grid, bias) for w in weights]
+        for w, y in zip(weights, expected, strict=True):
+            near(triton_backend.multiply(codes, w, bias), y)
 
 
 # --- the epilogue ---------------------------------------------------------------------------------------------------
@@ -298,6 +318,48 @@ def test_layer_norm_and_quantization(shape: tuple[int, int], dtype: torch.dtype)
         off = (q[:, :k].int() - codes).abs()
         assert int(off.max()) <= 1 and float(off.float().mean()) < 0.01
         assert bool((q[:, k:] == 120 - 128).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("geometry", [Geometry((5, 24, 3, 3), (2, 2), (1, 1)), Geometry((5, 24, 1, 1))], ids=str)
+def test_a_convolution_with_its_norm(geometry: Geometry, last: bool, dtype: torch.dtype) -> None:
+    g = generator(7)
+    codes, scale = layer(geometry, 8)
+    bias = torch.randn(5, generator=g).to(dtype)
+    prepared, truth = triton_backend.prepare(codes, scale, geometry), reference.prepare(codes, scale, geometry)
+    for batch, groups, grid in ((1, 3, grid_of(24, 30)), (3, 8, grid_of(None, 30))):
+        x = (torch.randn(batch, 24, 5, 7, generator=g) * 2 + 30).to(dtype)
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        norm = Norm(groups, torch.randn(24, generator=g).to(dtype), torch.randn(24, generator=g).to(dtype), 1e-5)
+        y = triton_backend.conv2d_static_normed(x, prepared, grid, bias, norm)
+        value = F.silu(F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), 1e-5)).float()
+        expected = reference.conv2d_static(value, truth, grid, bias)
+        assert y.dtype == dtype and y.shape == expected.shape
+        # A code on the other side of a tie is one off; x's dtype is rounded to once, at the end.
+        bound = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}[dtype]
+        assert float((y.double() - expected.double()).norm() / expected.double().norm()) < bound
+
+
+def test_a_leaf_takes_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = next(b for b in table.BACKENDS if b.module is triton_backend)
+    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: backend)
+    geometry = Geometry((6, 16, 3, 3), padding=(1, 1))
+    codes, scale = layer(geometry, 0)
+    act = affine_grid(torch.full((4,), -0.3), torch.arange(1.0, 5.0))
+    state = LayerState("conv2d", Scheme(activation=STATIC), geometry.shape, codes, scale, None, *act)
+    leaf = QuantConv2d(state, geometry, Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4)), torch.randn(6))
+    sequence = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), leaf).eval()
+    with torch.inference_mode():
+        x = torch.randn(2, 16, 4, 4) * 3
+        plain = sequence(x)
+        images = []
+        normed = triton_launch.group_norm
+        monkeypatch.setattr(triton_launch, "group_norm", lambda x, *rest: images.append(x) or normed(x, *rest))
+        found = norm_chain.run(sequence, x)
+    assert images == [x]
+    assert float((found - plain).norm() / plain.norm()) < 5e-3
 
 
 # --- under torch.compile --------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.vector(emb)
         rows = image.flatten(2).transpose(1, 2)
         self.tokens(rows)
-        return self.out(rows)
+        return self.out(rows.clone())  # another tensor: not a sibling of `tokens`
 
 
 LAYERS = ("out", "conv", "tokens", "vector", "unused")
@@ -301,6 +301,181 @@ def test_no_rows_where_the_weight_does_not_meet_them() -> None:
     vector = nn.Linear(6, 4)
     x = torch.randn(3, 6)
     assert finish(LayerObserver(vector, INTERVALS), vector.weight, [(0, x)], [(0, x)]).rows is None
+
+
+# --- layers that read one tensor --------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """q, k, v of one tensor; `gate` and `up` of another; what lies between them is told by `between`."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.between = between
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(32, 8, bias=False)
+        self.gate, self.up = nn.Linear(32, 40), nn.Linear(32, 40)
+        with torch.no_grad():
+            for layer in (self.q, self.k, self.gate, self.up):
+                layer.weight[:, 2] /= 40
+            self.v.weight *= 100  # its balance alone would be another
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q(x) + nn.functional.pad(self.k(x) + self.v(x), (0, 24))
+        hidden = y + 3 * x
+        gate = self.gate(hidden)
+        return gate * self.up(self.between(hidden))
+
+    @staticmethod
+    def input(seed: int) -> Tensor:
+        x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(seed))
+        x[..., 2] *= 40
+        return x
+
+
+def attended(net: Attention, inference: bool = False) -> ModelObserver:
+    layers = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear)]
+    with ModelObserver(layers, clock()) as watch, torch.inference_mode(inference), torch.no_grad():
+        for stage in range(2):
+            for call in range(3):
+                watch.start_call(torch.tensor([300.0 * call]))
+                net(net.input(10 * stage + call))
+            if stage == 0:
+                watch.end_first_stage()
+    assert watch._last is None
+    return watch
+
+
+def groups(watch: ModelObserver) -> set[frozenset[str]]:
+    of: dict[int, set[str]] = {}
+    for path, observer in watch.observers.items():
+        of.setdefault(id(observer), set()).add(path)
+    return {frozenset(paths) for paths in of.values()}
+
+
+def same_input(a: LayerStatistics, b: LayerStatistics) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, LayerStatistics):
+            return same_input(x, y)
+        return torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+    return all(equal(vars(a)[name], vars(b)[name]) for name in vars(a) if name not in ("shape", "order"))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers_that_read_one_tensor_are_calibrated_as_one(inference: bool) -> None:
+    watch = attended(Attention(), inference)
+    assert groups(watch) == {frozenset("qkv"), frozenset({"gate", "up"})}
+    assert watch.observers["q"].calls == 6  # each tensor once
+    found = watch.statistics()
+    assert list(found) == ["q", "k", "v", "gate", "up"] and [s.order for s in found.values()] == [0, 1, 2, 3, 4]
+    assert [s.shape for s in found.values()] == [(32, 32), (8, 32), (8, 32), (40, 32), (40, 32)]
+    assert found["q"].rotated is not None and found["q"].balance is not None
+    assert same_input(found["q"], found["k"]) and same_input(found["q"], found["v"])
+    assert same_input(found["gate"], found["up"]) and not same_input(found["q"], found["up"])
+    rotated = found["k"].rotated
+    assert rotated is not None and (rotated.shape, rotated.order) == ((8, 32), 1)
+    # A file holds no tensor twice.
+    about = [s for own in found.values() for s in (own, own.rotated) if s is not None]
+    places = [value.data_ptr() for s in about for value in vars(s).values() if isinstance(value, Tensor)]
+    rows = {s.rows.data_ptr() for s in about if s.rows is not None}
+    assert len(rows) == len(about) and len(places) == len(set(places)) and places
+
+
+def test_what_siblings_learn_is_what_one_learns() -> None:
+    """Of all their weights, each at unit size."""
+    net = Attention()
+    found = attended(net).statistics()["v"]
+    weights = [layer.weight.detach() for layer in (net.q, net.k, net.v)]
+    unit = torch.cat([w / w.square().mean().sqrt() for w in weights])
+    both = nn.Linear(32, 48)
+    both.weight.data = unit
+    inputs = [[(min(int(300 * c * INTERVALS / 1000), 3), net.input(10 * s + c)) for c in range(3)] for s in range(2)]
+    expected = finish(LayerObserver(both, INTERVALS), unit, *inputs)
+    assert same_input(found, expected)
+
+
+@pytest.mark.parametrize(
+    "between", [lambda x: x.mul_(1.5), lambda x: x.copy_(x.flip(-1)), lambda x: x.clone(), lambda x: x[:]]
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_another_tensor_or_other_values_make_no_siblings(between: Callable[[Tensor], Tensor], inference: bool) -> None:
+    net = Attention(between)
+    watch = attended(net, inference)
+    assert groups(watch) == {frozenset("qkv"), frozenset({"gate"}), frozenset({"up"})}
+    alone = attended(Attention(between)).statistics()
+    assert all(same_input(s, alone[path]) for path, s in watch.statistics().items())
+
+
+def test_a_layer_between_two_and_a_new_call() -> None:
+    first, second, other, conv = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4), nn.Conv2d(6, 4, 1)
+    layers = {"first": first, "second": second, "other": other, "conv": conv}
+    x = torch.randn(2, 6, 3, 6)
+    for what in ("other", "conv", "call", "nothing"):
+        with ModelObserver(layers.items(), clock()) as watch, torch.no_grad():
+            watch.start_call(torch.tensor([1.0]))
+            first(x)
+            if what == "other":
+                other(x.clone())
+            elif what == "conv":
+                conv(x)
+            elif what == "call":
+                watch.start_call(torch.tensor([1.0]))
+            second(x)
+        assert (watch.observers["first"] is watch.observers["second"]) == (what == "nothing"), what
+    with ModelObserver(layers.items(), clock()) as watch, torch.no_grad():
+        first(x)
+        watch.end_first_stage()
+        first(x)
+        second(x)  # later than the balance was chosen
+    assert watch.observers["first"] is not watch.observers["second"]
+
+
+def test_what_a_sibling_reads_alone_is_observed_too() -> None:
+    first, second = nn.Linear(6, 4), nn.Linear(6, 4)
+    x, wide, written = torch.randn(5, 6), 10 * torch.randn(5, 6), torch.randn(5, 6)
+    with ModelObserver([("first", first), ("second", second)], clock()) as watch, torch.inference_mode():
+        written = written.clone()
+        for stage in range(2):
+            watch.start_call(torch.tensor([1.0]))
+            first(x)
+            second(x)
+            watch.start_call(torch.tensor([1.0]))
+            first(written)
+            second(written.mul_(-3.0))
+            second(wide)
+            first(x)
+            first(x)  # a call of its own
+            if stage == 0:
+                watch.end_first_stage()
+    observer = watch.observers["first"]
+    assert observer is watch.observers["second"]
+    assert observer.calls == 2 * 6
+    assert float(observer.high[0].max()) >= float(wide.max()) and float(observer.low[0].min()) <= float(wide.min())
+
+
+def test_the_weights_of_siblings_may_be_given() -> None:
+    net = Attention()
+    with ModelObserver([(p, net.get_submodule(p)) for p in "qkv"], clock()) as watch, torch.inference_mode():
+        for call in range(3):
+            net(net.input(call))
+        watch.end_first_stage({p: torch.zeros_like(net.get_submodule(p).weight) for p in "qkv"})
+    assert watch.observers["k"].balance is None
+
+
+def test_no_tensor_is_kept_for_siblings() -> None:
+    net = Attention()
+    gc.collect()
+    gc.disable()
+    try:
+        with ModelObserver([(p, net.get_submodule(p)) for p in "qkv"], clock()), torch.no_grad():
+            x = net.input(0)
+            seen = weakref.ref(x)
+            net.q(x)
+            del x
+            assert seen() is None
+    finally:
+        gc.enable()
 
 
 # --- hooks and errors -------------------------------------------------------------------------------------------------

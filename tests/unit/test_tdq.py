@@ -85,16 +85,19 @@ def test_one_range_covers_the_widest_interval_unless_told_to_look_elsewhere(laye
 
 
 def test_over_time_serves_the_static_layers_of_its_recipes(layers):
-    calibration = Calibration("", "", TimeAxis(0, 999), PARTITION, layers, {})
-    schemes = {"moves": Scheme(8, 6, STATIC), "still": Scheme(8, 6, DYNAMIC)}
+    calibration = Calibration("", "", TimeAxis(0, 999), PARTITION, layers | {"twin": layers["moves"]}, {})
+    schemes = {"moves": Scheme(8, 6, STATIC), "still": Scheme(8, 6, DYNAMIC), "twin": Scheme(8, 6, STATIC)}
 
     def grids(ranges):
         return tdq.over_time(Plan(Recipe("r", 8, 6, ranges=ranges), schemes), calibration)
 
     assert grids("mse") == {}
     one, learnt = grids(ONE_RANGE), grids(TDQ)
-    assert set(one) == set(learnt) == {"moves"}
+    assert set(one) == set(learnt) == {"moves", "twin"}
     assert len(set(one["moves"][0].tolist())) == 1 and len(set(learnt["moves"][0].tolist())) > 6
+    # Layers that read one tensor are to share its codes, and a file holds no tensor twice.
+    for a, b in zip(learnt["moves"], learnt["twin"], strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
 
 
 def test_six_bits_are_six_bits(layers):

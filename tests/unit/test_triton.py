@@ -32,7 +32,8 @@ SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 
 @needs_triton
 def test_results_in_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""
-    files = [UNIT / "test_kernels.py", UNIT / "test_leaf.py", UNIT / "interpreted_triton.py"]
+    names = "test_kernels", "test_leaf", "test_last_input", "interpreted_triton"
+    files = [UNIT / f"{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "support.interpreted", *map(str, files)]
     # The interpreter is slow; random input off the grid is in interpreted_triton.py, with more shapes.
     command += ["-k", "triton and not test_parity_on_random_input"]

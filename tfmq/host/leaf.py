@@ -17,7 +17,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.geometry import Geometry
+from ..kernels.geometry import Geometry, Norm
 from ..leaf import LeafCore
 from ..scheme import INT, NONE
 from ..solve import LayerState
@@ -60,16 +60,21 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         # The merged float weight while a hooked LoRA is on.
         self.hooked: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """norm: a convolution's input is SiLU(norm(x))."""
         comfy.ops.run_every_op()
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
         )  # fmt: skip
+        if norm is not None:
+            integer = self.hooked is None and isinstance(weight, QuantizedTensor) and self.scheme.activation != NONE
+            if self.residuals or not integer:  # somebody needs the float input
+                x, norm = F.silu(norm(x)), None
         if self.hooked is not None:
             y = self.float_forward(x, self.hooked.to(x.device, x.dtype), bias)
         elif isinstance(weight, QuantizedTensor):
-            y = self.integer_forward(x, weight, bias)
+            y = self.integer_forward(x, weight, bias) if norm is None else self._in_integers(x, weight, bias, norm)
         else:  # another pack's weight function: the host hands over a float weight
             y = self.float_forward(x, weight.to(x.dtype), bias)
         for residual in self.residuals:
@@ -100,11 +105,14 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         """weight: on x's device."""
         if self.scheme.activation == NONE:
             return self.float_forward(x, weight.dequantize().to(x.dtype), bias)
+        return self._in_integers(x, weight, bias, None)
+
+    def _in_integers(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
         codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else weight._qdata
         own = self.weight
         # Otherwise it was streamed in for this call alone.
         owner = own if isinstance(own, QuantizedTensor) and own._qdata is weight._qdata else None
-        return self.compute(x, owner, codes, weight._params.scale, bias)
+        return self.compute(x, owner, codes, weight._params.scale, bias, norm)
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         own = self.weight

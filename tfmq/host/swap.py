@@ -26,7 +26,7 @@ from ..solve import LayerState, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import attention, bits, feed_forward, lora, nf4, precision, temporal_quant
+from . import attention, bits, feed_forward, lora, nf4, norms, precision, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -220,6 +220,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     patcher.set_hook_mode(EnumHookMode.MinVram)
     attention.attach(patcher)
     feed_forward.attach(patcher, quantized.plan)
+    norms.attach(patcher, quantized.plan)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
 

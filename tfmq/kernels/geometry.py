@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,34 @@ class StaticInput(NamedTuple):
     scale: Tensor
     zero_point: Tensor
     inverse_balance: Tensor | None
+
+
+class Codes(NamedTuple):
+    """A quantized input of Linear layers, for every weight of that backend with as many input channels.
+
+    values: codes [M, K'], grid of a static activation, or scale and offset of every row, as the backend reads them.
+    shape, dtype: of the input, [..., K].
+    """
+
+    values: Tensor
+    grid: StaticInput | None
+    scale: Tensor | None
+    offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Norm(NamedTuple):
+    """GroupNorm in front of a SiLU and a convolution. weight, bias: float [C]; the rest as in nn.GroupNorm."""
+
+    groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float [B, C, H, W], normalized."""
+        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
 def geometry_of(module: nn.Module) -> Geometry | str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..quantizer import per_channel, quantize_affine, quantize_rows
 from . import reference
-from .geometry import Geometry, StaticInput
+from .geometry import Codes, Geometry, StaticInput
 
 MIN_ROWS = 17  # cuBLASLt's int8 product wants more than 16 rows, and inner and outer sizes divisible by 8
 MULTIPLE = 8
@@ -49,19 +49,37 @@ def matmul(q: Tensor, weight: Prepared) -> Tensor:
 
 def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """As `reference.linear_static`."""
-    q = _signed(quantize_affine(x, grid.scale, grid.zero_point, grid.inverse_balance))
-    acc = matmul(q.reshape(-1, q.shape[-1]), weight)
-    y = reference.static_epilogue(acc, _plain(weight), grid, bias, shift=128)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return multiply(quantize_static(x, weight, grid), weight, bias)
 
 
 def linear_dynamic(
     x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
 ) -> Tensor:
     """As `reference.linear_dynamic`."""
+    return multiply(quantize_dynamic(x, weight, inverse_balance, bits), weight, bias)
+
+
+def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
+    """As `reference.quantize_static`."""
+    q = _signed(quantize_affine(x, grid.scale, grid.zero_point, grid.inverse_balance))
+    return Codes(q.reshape(-1, q.shape[-1]), grid, None, None, x.shape, x.dtype)
+
+
+def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
+    """As `reference.quantize_dynamic`."""
     q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits)
-    y = reference.dynamic_epilogue(matmul(q, weight), _plain(weight), row_scale, row_offset, bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return Codes(q, None, row_scale, row_offset, x.shape, x.dtype)
+
+
+def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """As `reference.multiply`."""
+    acc = matmul(codes.values, weight)
+    if codes.grid is not None:
+        y = reference.static_epilogue(acc, _plain(weight), codes.grid, bias, shift=128)
+    else:
+        assert codes.scale is not None and codes.offset is not None
+        y = reference.dynamic_epilogue(acc, _plain(weight), codes.scale, codes.offset, bias)
+    return y.to(codes.dtype).reshape(*codes.shape[:-1], -1)
 
 
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:

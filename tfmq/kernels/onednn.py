@@ -7,6 +7,7 @@ fresh allocation of some megabytes costs more in page faults than the arithmetic
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Geometry, StaticInput
+from .geometry import Codes, Geometry, Norm, StaticInput
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 128  # of a block that is multiplied at once: fewer would read the weight too often
+# Pixels of an image in channels_last order from which on torch's own GroupNorm is as fast as anything here.
+LARGE_IMAGE = 1024
 PATIENCE = 3  # calls in a row with images of another shape before a weight is put in order for those
 # Added to a float32 under 2^22 it rounds it, half to even, and leaves the integer in the low bits.
 MAGIC = 1.5 * 2.0**23
@@ -128,17 +131,41 @@ class _Affine(NamedTuple):
     factor: Tensor
     zero_point: Tensor
 
+    def scale(self, block: Tensor) -> None:
+        block.mul_(self.factor).add_(MAGIC).add_(self.zero_point)
+
+
+class _Activated(NamedTuple):
+    """SiLU and then a static grid, float32 [C] each: `zero` is MAGIC and the zero point. gain, shift: of a norm before.
+
+    All of one length, without which torch has no vector code for `addcmul`. One addition in place of two: where the
+    zero point is odd, what lies in the very middle between two codes goes to the other one.
+    """
+
+    factor: Tensor
+    zero: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+    def scale(self, block: Tensor) -> None:
+        if self.gain is not None and self.shift is not None:
+            torch.addcmul(self.shift, block, self.gain, out=block)
+        F.silu(block, inplace=True)
+        torch.addcmul(self.zero, block, self.factor, out=block)
+
 
 def _affine(grid: StaticInput) -> _Affine:
     factor = grid.scale.reciprocal() if grid.inverse_balance is None else grid.inverse_balance / grid.scale
     return _Affine(factor, grid.zero_point.float())
 
 
-def _quantize(rows: Tensor, affine: _Affine, out: Tensor) -> None:
+def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
     """rows float [M, K] -> codes uint8 into `out`, a view of as many entries; as `quantizer.quantize_affine`."""
     block = _scratch.take(*rows.shape)
+    block.copy_(rows.detach())
+    affine.scale(block)
     # Bounds that are tensors would make the clamp several times as slow: torch has no vector code for those.
-    block.copy_(rows.detach()).mul_(affine.factor).add_(MAGIC).add_(affine.zero_point).clamp_(MAGIC, MAGIC + 255)
+    block.clamp_(MAGIC, MAGIC + 255)
     out.copy_(block.view(torch.int32).view(out.shape))  # the low byte
 
 
@@ -149,13 +176,7 @@ def _step(width: int) -> int:
 
 def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """As `reference.linear_static`."""
-    rows = x.reshape(-1, x.shape[-1])
-    q = torch.empty(rows.shape, dtype=torch.uint8)
-    affine, step = _affine(grid), _step(rows.shape[1])
-    for part, codes in zip(rows.split(step), q.split(step), strict=True):
-        _quantize(part, affine, codes)
-    y = _linear(q, grid.scale, grid.zero_point, weight, bias, _output(x.dtype))
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return multiply(quantize_static(x, weight, grid), weight, bias)
 
 
 def linear_dynamic(
@@ -163,29 +184,85 @@ def linear_dynamic(
 ) -> Tensor:
     """As `reference.linear_dynamic`."""
     rows = x.reshape(-1, x.shape[-1])
+    step = _dynamic_step(weight)
+    starts = range(0, rows.shape[0], step)
+    # Each block is multiplied while its codes are in the cache.
+    blocks = (_row_codes(rows[start : start + step], inverse_balance, bits) for start in starts)
+    return _dynamic(blocks, rows.shape[0], weight, bias, x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
+    """As `reference.quantize_static`."""
+    rows = x.reshape(-1, x.shape[-1])
+    q = torch.empty(rows.shape, dtype=torch.uint8)
+    affine, step = _affine(grid), _step(rows.shape[1])
+    for part, codes in zip(rows.split(step), q.split(step), strict=True):
+        _quantize(part, affine, codes)
+    return Codes(q, grid, None, None, x.shape, x.dtype)
+
+
+def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
+    """As `reference.quantize_dynamic`; its scales and offsets are those of unsigned codes."""
+    rows = x.reshape(-1, x.shape[-1])
+    q = torch.empty(rows.shape, dtype=torch.uint8)
+    scale, offset = torch.empty(2, rows.shape[0], 1)
+    step = _step(rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        here = slice(start, start + step)
+        q[here], scale[here], offset[here] = _row_codes(rows[here], inverse_balance, bits)
+    return Codes(q, None, scale, offset, x.shape, x.dtype)
+
+
+def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """As `reference.multiply`."""
+    q, grid, scale, offset, shape, dtype = codes
+    if grid is not None:
+        y = _linear(q, grid.scale, grid.zero_point, weight, bias, _output(dtype)).to(dtype)
+    else:
+        assert scale is not None and offset is not None
+        step = _dynamic_step(weight)  # the same blocks as when nothing is shared: the same sums
+        blocks = zip(q.split(step), scale.split(step), offset.split(step), strict=True)
+        y = _dynamic(blocks, q.shape[0], weight, bias, dtype)
+    return y.reshape(*shape[:-1], -1)
+
+
+def _row_codes(rows: Tensor, inverse_balance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rows float [M, K] -> codes uint8 [M, K], scale and offset [M, 1]."""
+    block = _scratch.take(*rows.shape)
+    block.copy_(rows.detach())
+    if inverse_balance is not None:
+        block.mul_(inverse_balance)
+    low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
+    scale = high.sub_(low).div_(2**bits - 1).clamp_min_(torch.finfo(torch.float32).tiny * 256)
+    block.sub_(low).div_(scale).add_(MAGIC)
+    return block.view(torch.int32).to(torch.uint8), scale, low
+
+
+def _dynamic_step(weight: Prepared) -> int:
+    """Rows of a block of a per-token product."""
+    return max(MIN_ROWS, _step(max(weight.geometry.shape)))
+
+
+def _dynamic(
+    blocks: Iterable[tuple[Tensor, Tensor, Tensor]], count: int, weight: Prepared, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Codes, scales and offsets of `count` rows in blocks -> [count, N]."""
     n = weight.scale.shape[0]
-    out = torch.empty(rows.shape[0], n, dtype=x.dtype)
+    out = torch.empty(count, n, dtype=dtype)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     # The offset of a row meets the sum of each output channel, a column of ones the bias.
-    offsets = torch.ones(rows.shape[0], 2)
+    offsets = torch.ones(count, 2)
     terms = torch.stack([weight.sums, torch.zeros(n) if bias is None else bias.float()])
-    step = max(MIN_ROWS, _step(max(rows.shape[1], n)))
-    for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
-        block = _scratch.take(*part.shape)
-        block.copy_(part.detach())
-        if inverse_balance is not None:
-            block.mul_(inverse_balance)
-        low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
-        scale = high.sub_(low).div_(2**bits - 1).clamp_min_(torch.finfo(torch.float32).tiny * 256)
-        block.sub_(low).div_(scale).add_(MAGIC)
-        q = block.view(torch.int32).to(torch.uint8)
+    start = 0
+    for q, scale, low in blocks:
         # float32 out: the offset's share cancels in what follows, which bfloat16 has not the digits for.
         y = _linear(q, one, zero, weight, None, torch.float32).mul_(scale)
-        here = offsets[start : start + step]
+        here = offsets[start : start + q.shape[0]]
         here[:, :1] = low
-        out[start : start + step] = y.addmm_(here, terms)
-    return out.reshape(*x.shape[:-1], -1)
+        out[start : start + q.shape[0]] = y.addmm_(here, terms)
+        start += q.shape[0]
+    return out
 
 
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
@@ -198,29 +275,75 @@ def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     width = g.output_size(x.shape[2], x.shape[3])[1]
     if width == 1 and g.stride[1] > 1:
         x = F.pad(x, (0, g.stride[1]))  # a single column comes out wrong (see `unsafe`): make two and drop one
-    q = _padded_codes(x, grid, g.padding)
+    q = _padded_codes(x, grid, g.padding, [_affine(grid)] * x.shape[0])
+    return _convolve(q, weight, grid, bias, x.dtype)[..., :width]
+
+
+def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:
+    """`conv2d_static` of SiLU(norm(x)), with no rounding to x's dtype behind the SiLU.
+
+    SiLU is done in the blocks that are quantized, and so is the norm in a small image: there torch's own needs twice
+    the time.
+    """
+    g = weight.geometry
+    channels, height, width = x.shape[1:]
+    if g.output_size(height, width)[1] == 1 and g.stride[1] > 1:
+        return conv2d_static(F.silu(norm(x)), weight, grid, bias)
+    affine = _affine(grid)
+    wide = affine.factor.expand(channels).contiguous(), (affine.zero_point + MAGIC).expand(channels).contiguous()
+    if height * width < LARGE_IMAGE and x.is_contiguous(memory_format=torch.channels_last):
+        each = [_Activated(*wide, *of_image) for of_image in zip(*_gain_and_shift(x, norm), strict=True)]
+        q = _padded_codes(x, grid, g.padding, each)
+    else:
+        q = _padded_codes(norm(x), grid, g.padding, [_Activated(*wide)] * x.shape[0])
+    return _convolve(q, weight, grid, bias, x.dtype)
+
+
+def _gain_and_shift(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """GroupNorm of x [B, C, H, W] as a product and a sum, float32 [B, C] each.
+
+    Mean and variance of a group from those of its channels, which are merged as in Chan, Golub and LeVeque, 1979.
+    """
+    channels = x.shape[1]
+    # Given running statistics in float32, of which it makes no use here, torch returns its own in float32 too.
+    running = torch.zeros(channels), torch.ones(channels)
+    each = [torch.batch_norm_update_stats(image.unsqueeze(0).detach(), *running, 0.0) for image in x]
+    means, variances = (torch.stack(part).unflatten(1, (norm.groups, -1)) for part in zip(*each, strict=True))
+    mean = means.mean(2, keepdim=True)
+    variance = (variances + (means - mean).square()).mean(2, keepdim=True)
+    gain = norm.weight.detach().float().view(norm.groups, -1) * (variance + norm.eps).rsqrt()
+    return gain.flatten(1), (norm.bias.detach().float().view(norm.groups, -1) - mean * gain).flatten(1)
+
+
+def _convolve(q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """q: uint8 [B, C, H, W], padded -> [B, N, H', W']."""
+    g = weight.geometry
     _order_for(weight, q.shape)
     offset = weight.sums * (grid.scale * grid.zero_point)
     y = torch.ops.onednn.qconv2d_pointwise.tensor(
         q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed, weight.scale, weight.zeros,
         -offset if bias is None else bias.float() - offset, list(g.stride), [0, 0], list(g.dilation), g.groups,
-        1.0, 0, _output(x.dtype), "none", [], "",
+        1.0, 0, _output(dtype), "none", [], "",
     )  # fmt: skip
-    return y[..., :width].to(x.dtype)
+    return y.to(dtype)
 
 
-def _padded_codes(x: Tensor, grid: StaticInput, padding: tuple[int, int]) -> Tensor:
-    """x [B, C, H, W] -> uint8 [B, C, H + 2 p, W + 2 p] in channels_last order, the border holding the zero point."""
+def _padded_codes(
+    x: Tensor, grid: StaticInput, padding: tuple[int, int], affines: Sequence[_Affine | _Activated]
+) -> Tensor:
+    """x [B, C, H, W] -> uint8 [B, C, H + 2 p, W + 2 p] in channels_last order, the border holding the zero point.
+
+    affines: of `_quantize`, one per image.
+    """
     b, c, h, w = x.shape
     top, left = padding
-    affine = _affine(grid)
     q = torch.empty(b, h + 2 * top, w + 2 * left, c, dtype=torch.uint8)
     inside, border = q[:, top : top + h], grid.zero_point.to(torch.uint8)
     for edge in (q[:, :top], q[:, top + h :], inside[:, :, :left], inside[:, :, left + w :]):
         edge.copy_(border.expand(edge.shape))
     inside, pixels = inside[:, :, left : left + w], x.permute(0, 2, 3, 1)
     step = _step(w * c)
-    for image, codes in zip(pixels, inside, strict=True):
+    for image, codes, affine in zip(pixels, inside, affines, strict=True):
         for part, place in zip(image.split(step), codes.split(step), strict=True):
             _quantize(part.reshape(-1, c), affine, place)
     return q.permute(0, 3, 1, 2)

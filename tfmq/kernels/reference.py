@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantizer import per_channel, quantize_affine, quantize_rows
-from .geometry import Geometry, StaticInput
+from .geometry import Codes, Geometry, StaticInput
 
 # A float32 holds every integer up to 2^24: 255 * 127 * 512 still fits, so chunks of 512 products add up exactly.
 EXACT_CHUNK = 512
@@ -46,10 +46,7 @@ def chunked_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """x float [..., K] -> [..., N] in x's dtype; x is quantized with a static affine grid."""
-    q = quantize_affine(x, grid.scale, grid.zero_point, grid.inverse_balance)
-    acc = integer_matmul(q.reshape(-1, q.shape[-1]).int(), weight.codes)
-    y = static_epilogue(acc, weight, grid, bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return multiply(quantize_static(x, weight, grid), weight, bias)
 
 
 def linear_dynamic(
@@ -59,10 +56,30 @@ def linear_dynamic(
 
     bits: of its codes.
     """
+    return multiply(quantize_dynamic(x, weight, inverse_balance, bits), weight, bias)
+
+
+def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
+    """The first half of `linear_static`. weight: any of those that the codes will meet."""
+    q = quantize_affine(x, grid.scale, grid.zero_point, grid.inverse_balance)
+    return Codes(q.reshape(-1, q.shape[-1]), grid, None, None, x.shape, x.dtype)
+
+
+def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
+    """The first half of `linear_dynamic`."""
     q, row_scale, row_offset = quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits)
-    acc = integer_matmul(q.int(), weight.codes)
-    y = dynamic_epilogue(acc, weight, row_scale, row_offset, bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return Codes(q, None, row_scale, row_offset, x.shape, x.dtype)
+
+
+def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """The second half of both: bit for bit what they give."""
+    acc = integer_matmul(codes.values.int(), weight.codes)
+    if codes.grid is not None:
+        y = static_epilogue(acc, weight, codes.grid, bias)
+    else:
+        assert codes.scale is not None and codes.offset is not None
+        y = dynamic_epilogue(acc, weight, codes.scale, codes.offset, bias)
+    return y.to(codes.dtype).reshape(*codes.shape[:-1], -1)
 
 
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from . import float_conv, int_mm, onednn, reference, triton_backend
 from .geometry import Geometry
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
+# Of GroupNorm and SiLU before it; only where a backend is faster with all three in one.
+CONV2D_STATIC_NORMED = "conv2d_static_normed"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Geometry, StaticInput
+from .geometry import Codes, Geometry, Norm, StaticInput
 
 if TYPE_CHECKING:
     from ..grouped import Packed
@@ -104,6 +104,33 @@ def linear_dynamic(
     return run(x, *triton_ops.flat(weight), inverse_balance, bias, bits, residual)
 
 
+def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
+    """As `reference.quantize_static`; not under torch.compile."""
+    from . import triton_launch as launch
+
+    q = launch.quantize_matrix(x.reshape(-1, x.shape[-1]), grid, weight.channels)
+    return Codes(q, grid, None, None, x.shape, x.dtype)
+
+
+def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
+    """As `reference.quantize_dynamic`; not under torch.compile."""
+    from . import triton_launch as launch
+
+    rows = launch.quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits, weight.channels)
+    return Codes(rows.codes, None, rows.scale, rows.offset, x.shape, x.dtype)
+
+
+def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """As `reference.multiply`; not under torch.compile."""
+    from . import triton_launch as launch
+
+    rows = None
+    if codes.scale is not None and codes.offset is not None:
+        rows = launch.Rows(codes.values, codes.scale, codes.offset)
+    y = launch.product(codes.values, weight, codes.grid, rows, bias, codes.dtype)
+    return y.view(*codes.shape[:-1], weight.scale.shape[0])
+
+
 def conv2d_static(
     x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
@@ -117,3 +144,11 @@ def conv2d_static(
     g = weight.geometry
     place = [*g.stride, *g.padding, *g.dilation]
     return run(x, *triton_ops.flat(weight), *grid, bias, residual, list(g.shape), place)
+
+
+def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:
+    """`conv2d_static` of SiLU(norm(x)), both in float32 with no rounding in between; x is read twice, and nothing but
+    codes is written. Not under torch.compile."""
+    from . import triton_ops
+
+    return triton_ops.conv2d_static_normed(x, weight, grid, bias, norm)

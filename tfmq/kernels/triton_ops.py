@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import triton_launch as launch
-from .geometry import Geometry, StaticInput
+from .geometry import Geometry, Norm, StaticInput
 from .triton_launch import Prepared
 
 
@@ -52,12 +52,26 @@ def conv2d_static(
     geometry = _geometry(shape, place)
     weight = Prepared(codes, scale, sums, factor, zero, group, geometry)
     grid = StaticInput(act_scale, act_zero, inverse_balance)
-    size = x.shape[0], *geometry.output_size(x.shape[2], x.shape[3])
-    q = launch.quantize_image(x, grid, weight.channels, geometry.padding)
+    return _convolve(x, launch.quantize_image(x, grid, weight.channels, geometry.padding), weight, grid, bias, residual)
+
+
+def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:
+    """`conv2d_static` of SiLU(norm(x)); a plain function only."""
+    affine = launch.group_norm(x, *norm)
+    q = launch.quantize_image(x, grid, weight.channels, weight.geometry.padding, affine, silu=True)
+    return _convolve(x, q, weight, grid, bias, None)
+
+
+def _convolve(
+    x: Tensor, q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """q: the codes of x, or of what was made of it."""
+    n = weight.geometry.shape[0]
+    size = x.shape[0], *weight.geometry.output_size(x.shape[2], x.shape[3])
     if residual is not None:
-        residual = residual.permute(0, 2, 3, 1).reshape(-1, shape[0])
+        residual = residual.permute(0, 2, 3, 1).reshape(-1, n)
     y = launch.product(q, weight, grid, None, bias, x.dtype, size, residual)
-    return y.view(*size, shape[0]).permute(0, 3, 1, 2)
+    return y.view(*size, n).permute(0, 3, 1, 2)
 
 
 def _matrix(residual: Tensor | None, scale: Tensor) -> Tensor | None:

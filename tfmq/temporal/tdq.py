@@ -11,6 +11,7 @@ range per token (as the calibration observed it).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -169,7 +170,20 @@ def over_time(plan: Plan, calibration: Calibration) -> dict[str, Grid]:
         return {p: one_grid(s, bits=bits) for p, s in own.items()}
     if ranges != TDQ or not own:
         return {}
-    return fit(own, calibration.partition, bits).table(torch.tensor(calibration.partition.centers), bits)
+    # Layers that read one tensor have the same statistics, and are to have the same grids.
+    first: dict[bytes, str] = {}
+    same = {path: first.setdefault(_digest(s), path) for path, s in own.items()}
+    learnt = fit({path: own[path] for path in first.values()}, calibration.partition, bits)
+    table = learnt.table(torch.tensor(calibration.partition.centers), bits)
+    return {path: (table[other][0].clone(), table[other][1].clone()) for path, other in same.items()}
+
+
+def _digest(statistics: LayerStatistics) -> bytes:
+    """Of all that a range is learnt from."""
+    s, digest = statistics, hashlib.blake2b()
+    for tensor in (s.histogram, s.bin_low, s.bin_high, s.low, s.high):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def compare(
