@@ -45,6 +45,10 @@ class Packed:
     grid: Grid
     shape: tuple[int, ...]
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def int8(self) -> Tensor:
         """factor * (code - zero) as int8, in the weight's shape; times `grid.scale` it is the weight."""
         n, columns = self.codes.shape[0], self.codes.shape[1] * 2

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .grouped import Grid, Packed
 from .guidance import split
-from .kernels.geometry import Codes, Geometry, Norm, StaticInput
+from .kernels.geometry import Codes, Geometry, Norm, StaticInput, code_sums
 from .kernels.table import CONV2D_STATIC, CONV2D_STATIC_NORMED, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from .last_input import Reading
 from .packed_codes import PackedCodes, plain
@@ -56,6 +56,7 @@ class LeafCore(nn.Module):
         for name, value in zip(TABLES, tables, strict=True):
             self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
+        self._sums: tuple[Any, Tensor] | None = None
         self.reading = self._how_it_reads()
         self.readers = 1
 
@@ -85,13 +86,14 @@ class LeafCore(nn.Module):
         scale: Tensor,
         bias: Tensor | None,
         norm: Norm | None = None,
+        streamed: bool = False,
     ) -> Tensor:
         """Run the layer on integer codes, int8 [N, K, ...] or packed. owner: what `codes` belong to; while it is the
-        same object, the prepared form of the weight is reused. None: they are here for this call alone, and nothing is
-        kept of them. norm: the input is SiLU(norm(x))."""
+        same object, the prepared form of the weight is reused. norm: the input is SiLU(norm(x)). streamed: the codes
+        are a copy of the owner's for this call alone, and nothing is kept of them but their sums."""
         if x.numel() == 0:
             return self._empty(x)
-        prepared = self._prepare(x.device, owner, codes, scale)
+        prepared = self._prepare(x.device, owner, codes, scale, streamed)
         module, weight = prepared[1].module, prepared[2]
         if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
             made = self.clock.last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
@@ -142,10 +144,10 @@ class LeafCore(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _prepare(
-        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor
+        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool
     ) -> tuple[Any, Backend, Any]:
         prepared = self._prepared
-        if prepared is not None and prepared[0] is owner is not None:
+        if prepared is not None and prepared[0] is owner and not streamed:
             return prepared
         if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
             prepared = self._prepared = (owner, codes.owner, codes.ready)
@@ -154,15 +156,18 @@ class LeafCore(nn.Module):
         module = backend.module
         if isinstance(codes, Packed) and not hasattr(module, "prepare_packed"):
             # Unpacked anew at every call: kept, it would take the memory that 4 bits are there to save.
-            return owner, backend, module.prepare(codes.int8(), scale, self.geometry)
+            unpacked = codes.int8()
+            return owner, backend, module.prepare(unpacked, scale, self.geometry, self._sums_of(owner, unpacked))
+        if streamed:
+            sums = self._sums_of(owner, codes)
+            if isinstance(codes, Packed):
+                return owner, backend, module.prepare_packed(codes, self.geometry, sums)
+            return owner, backend, module.prepare(codes, scale, self.geometry, sums)
         if isinstance(codes, Packed):
             ready = module.prepare_packed(codes, self.geometry)
         else:
             ready = module.prepare(codes, scale, self.geometry)
-        prepared = owner, backend, ready
-        if owner is None:
-            return prepared
-        self._prepared = prepared
+        self._prepared = owner, backend, ready
         if not isinstance(codes, Packed):
             # The weight need not lie in memory twice.
             if hasattr(module, "restore"):
@@ -170,6 +175,14 @@ class LeafCore(nn.Module):
             elif hasattr(module, "view"):
                 self._keep(codes, module.view(ready))
         return self._prepared
+
+    def _sums_of(self, owner: object, codes: Tensor | Packed) -> Tensor:
+        """int32 [N], computed once per owner: to read a streamed weight only for them would take as long as to run
+        the layer on a few rows."""
+        kept = self._sums
+        if kept is None or kept[0] is not owner or kept[1].device != codes.device:
+            self._sums = kept = owner, code_sums(codes.int8() if isinstance(codes, Packed) else codes)
+        return kept[1]
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         """Let go of `codes` for `same`, which has the same entries in the memory of the prepared form."""
@@ -201,7 +214,7 @@ class LeafCore(nn.Module):
         return x.new_empty(x.shape[0], self.geometry.shape[0], *self.geometry.output_size(x.shape[2], x.shape[3]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # a packed weight can be neither copied nor pickled
+        return {**self.__dict__, "_prepared": None, "_sums": None}  # a packed weight can be neither copied nor pickled
 
 
 class _PlainLeaf(LeafCore):
@@ -224,7 +237,7 @@ class _PlainLeaf(LeafCore):
         return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias, norm)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.codes, self._prepared = plain(self.codes), None  # they are about to be written to
+        self.codes, self._prepared, self._sums = plain(self.codes), None, None  # they are about to be written to
         super()._load_from_state_dict(*args)
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:

@@ -29,12 +29,18 @@ class PackedCodes(Tensor):
         # Torch cannot detach a wrapper in inference mode that was made outside of it; one made inside is good for both.
         with torch.inference_mode():
             return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-                cls, codes.shape, strides=codes.stride(), dtype=codes.dtype, device=codes.device
+                cls, codes.shape, dtype=codes.dtype, device=codes.device
             )
 
     def __init__(self, codes: Tensor, owner: Any, ready: Any, restore: Callable[[Any], Tensor]) -> None:
         """codes: the plain ones; not kept. restore: makes them again from `ready`."""
         self.owner, self.ready, self._restore = owner, ready, restore
+
+    def permuted(self, *dims: int) -> PackedCodes:
+        """The same codes with their dimensions in another order."""
+        restore, shape = self._restore, [self.shape[d] for d in dims]
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(shape)
+        return PackedCodes(like, self.owner, self.ready, lambda ready: restore(ready).permute(dims).contiguous())
 
     def plain(self) -> Tensor:
         """The codes as an ordinary tensor, a new one."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from support import patchers
 
+import comfy.memory_management  # isort: skip
 import comfy.model_management  # isort: skip
 import comfy.ops  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
@@ -154,6 +155,27 @@ def test_partial_loading_gives_the_same_picture(base, quantized, monkeypatch, me
     monkeypatch.undo()
     assert torch.equal(patchers.sample(quantized), whole)
     assert not quantized.model.model_lowvram
+
+
+def test_a_weight_that_is_streamed_lies_as_it_did(quantized):
+    """By what the host does at every call to a weight that is not on the device."""
+    memory = comfy.memory_management
+    for path in linear_and_conv(quantized):
+        leaf = patchers.leaves(quantized)[path]
+        x = torch.randn(2, *_input(leaf))
+        with torch.inference_mode():
+            before = leaf(x)
+            leaf = copy.deepcopy(leaf)  # has plain codes, as one that is not on the device
+            weight = leaf.weight
+            buffer = torch.empty(memory.vram_aligned_size(weight), dtype=torch.uint8)
+            there = memory.interpret_gathered_like([weight], buffer)[0]
+            there.copy_(weight)
+            assert there._qdata.data_ptr() == buffer.data_ptr() and there._qdata.is_contiguous()
+            assert torch.equal(leaf.integer_forward(x, there, leaf.bias), before)
+            sums = leaf._sums[1]
+            assert torch.equal(leaf.integer_forward(x, there, leaf.bias), before) and leaf._sums[1] is sums
+        if there._qdata.dim() == 4:  # channels last: what the kernels for GPUs read as it is
+            assert there._qdata.shape[-1] == leaf.geometry.shape[1]
 
 
 def test_partial_unloading_gives_the_same_picture(quantized, monkeypatch):

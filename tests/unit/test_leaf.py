@@ -265,13 +265,17 @@ def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pyte
     kept = made.leaf(made.x)
     held = made.leaf._prepared
     assert held is not None
-    assert torch.equal(made.leaf.compute(made.x, None, codes, scale, bias), kept)
+    assert torch.equal(made.leaf.compute(made.x, codes, codes.clone(), scale, bias, streamed=True), kept)
     assert made.leaf._prepared is held
-    other = made.leaf.compute(made.x, None, -codes, scale, bias)
+    other = made.leaf.compute(made.x, object(), -codes, scale, bias, streamed=True)
     torch.testing.assert_close(other - bias, -(kept - bias))
-    fresh = make(LINEAR_STATIC).leaf
-    fresh.compute(made.x, None, codes, scale, bias)
+    fresh, owner, count = make(LINEAR_STATIC).leaf, object(), []
+    inner = reference.prepare
+    monkeypatch.setattr(reference, "prepare", lambda *a: count.append(a[3]) or inner(*a))
+    for _ in range(2):
+        fresh.compute(made.x, owner, codes.clone(), scale, bias, streamed=True)
     assert fresh._prepared is None
+    assert count[0] is count[1] and torch.equal(count[0], codes.sum(1).int())  # read once
 
 
 @pytest.mark.parametrize("operation", [LINEAR_STATIC, CONV2D_STATIC])

@@ -37,6 +37,15 @@ def test_they_come_back_as_they_were(made) -> None:
     assert packed.plain().is_contiguous()
 
 
+def test_their_dimensions_change_places(made) -> None:
+    codes, packed = made
+    dims = tuple(reversed(range(codes.dim())))
+    turned = packed.permuted(*dims)
+    assert isinstance(turned, PackedCodes) and turned.shape == codes.permute(dims).shape and turned.is_contiguous()
+    assert torch.equal(turned, codes.permute(dims)) and turned.ready is packed.ready
+    assert torch.equal(turned.permuted(*dims), codes)
+
+
 def test_every_operation_sees_plain_codes(made) -> None:
     codes, packed = made
     for inference in (False, True):

@@ -11,7 +11,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from torch import Tensor
 
 from ..grouped import Grid, Packed, nearest, pack, to_columns
-from ..packed_codes import plain
+from ..packed_codes import PackedCodes, plain
 from ..quantizer import channel_scale, dequantize_weight, per_channel, quantize_weight
 from ..rotation import rotate, unrotate
 from ..scheme import INT
@@ -22,7 +22,8 @@ NAME, NAME_4 = "TFMQInt8Layout", "TFMQInt4Layout"
 
 
 class Int8Layout(QuantizedLayout):
-    """int8 codes [N, K, ...], one float32 scale per output channel, one balance factor per input channel."""
+    """int8 codes, [N, K] or in the order of `stored`, a float32 scale per output channel, a balance factor per input
+    channel."""
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
@@ -48,15 +49,15 @@ class Int8Layout(QuantizedLayout):
                 scale=channel_scale(tensor), orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), balance=balance,
                 permutations=_no_permutations(tensor.device),
             )  # fmt: skip
-            return quantize_weight(tensor, params.scale), params
+            return stored(quantize_weight(tensor, params.scale)), params
         p = like._params
         balance, scale, permutations = (t.to(tensor.device) for t in (p.balance, p.scale, p.permutations))
         params = replace(p, scale=scale, balance=balance, permutations=permutations)
-        return quantize_weight(_as_multiplied(tensor, params), scale), params
+        return stored(quantize_weight(_as_multiplied(tensor, params), scale)), params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-        return _as_float(dequantize_weight(qdata, params.scale), params)
+        return _as_float(dequantize_weight(codes_of(plain(qdata)), params.scale), params)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
@@ -65,7 +66,9 @@ class Int8Layout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-        return {"": plain(qdata)} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+        return {"": codes_of(plain(qdata)).contiguous()} | {
+            f"_{name}": getattr(params, name) for name in params._tensor_fields()
+        }
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -124,6 +127,23 @@ register_layout_class(NAME, Int8Layout)
 register_layout_class(NAME_4, Int4Layout)
 
 
+def stored(codes: Tensor) -> Tensor:
+    """int8 codes [N, K, ...] in the order in which the host keeps and streams them: those of a convolution as
+    [N, kh, kw, C], which the kernels for GPUs read as they are."""
+    if codes.dim() != 4:
+        return codes
+    if isinstance(codes, PackedCodes):
+        return codes.permuted(0, 2, 3, 1)
+    return codes.permute(0, 2, 3, 1).contiguous()
+
+
+def codes_of(qdata: Tensor) -> Tensor:
+    """The inverse of `stored`, without a copy."""
+    if qdata.dim() != 4 or isinstance(qdata, PackedCodes):
+        return qdata
+    return qdata.permute(0, 3, 1, 2)
+
+
 def packed(qdata: Tensor, params: Any) -> Packed:
     """The weight of an `Int4Layout` as the kernels take it."""
     group = qdata.shape[1] * 2 // params.factor.shape[1]
@@ -163,7 +183,7 @@ def quantized_tensor(state: LayerState, dtype: torch.dtype) -> QuantizedTensor:
             scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
             permutations=permutations,
         )  # fmt: skip
-        return QuantizedTensor(state.codes, NAME, params)
+        return QuantizedTensor(stored(state.codes), NAME, params)
     four = Int4Layout.Params(
         scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
         factor=state.factor, zero=state.zero, permutations=permutations,

@@ -23,7 +23,7 @@ from ..scheme import INT, NONE
 from ..solve import LayerState
 from ..timeline import Clock
 from . import nf4
-from .layout import packed, quantized_tensor
+from .layout import codes_of, packed, quantized_tensor, stored
 from .residual import Residual
 
 
@@ -108,16 +108,16 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         return self._in_integers(x, weight, bias, None)
 
     def _in_integers(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
-        codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else weight._qdata
+        codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else codes_of(weight._qdata)
         own = self.weight
-        # Otherwise it was streamed in for this call alone.
-        owner = own if isinstance(own, QuantizedTensor) and own._qdata is weight._qdata else None
-        return self.compute(x, owner, codes, weight._params.scale, bias, norm)
+        assert isinstance(own, QuantizedTensor)
+        streamed = own._qdata is not weight._qdata
+        return self.compute(x, own, codes, weight._params.scale, bias, norm, streamed)
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         own = self.weight
         assert isinstance(own, QuantizedTensor)
-        own._qdata = same
+        own._qdata = stored(same)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -169,7 +169,7 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
 
     def _apply(self, fn: Any, recurse: bool = True) -> _HostLeaf:
         # What was prepared on one device would stay there when the weight leaves.
-        self._prepared = None
+        self._prepared = self._sums = None
         # nn.Module._apply swaps `param.data`, which a wrapper subclass does not take.
         for name, param in self._parameters.items():
             if param is not None:

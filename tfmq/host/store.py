@@ -33,6 +33,7 @@ from ..scheme import INT, Plan
 from ..solve import LayerState
 from ..timeline import Clock, Partition, TimeAxis
 from . import nf4, temporal_table
+from .layout import codes_of
 from .leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
 from .swap import Quantized, attach, backends_of, require_quantized
@@ -118,7 +119,7 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
     weight = leaf.weight
     assert isinstance(weight, QuantizedTensor)
     found = {
-        "weight": plain(weight._qdata),
+        "weight": _codes(leaf, plain(weight._qdata)),
         "weight_factor": getattr(weight._params, "factor", None),
         "weight_zero": getattr(weight._params, "zero", None),
         "weight_scale": weight._params.scale,
@@ -132,6 +133,11 @@ def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
         form = leaf.scheme.weight_format
         found["comfy_quant"] = _marker(f"int{leaf.scheme.weight_bits}" if form == INT else form)
     return {f"{path}.{name}": value for name, value in found.items() if value is not None}
+
+
+def _codes(leaf: Any, qdata: Tensor) -> Tensor:
+    """As they lie in a file, in 8 bits [N, K, ...]."""
+    return codes_of(qdata).contiguous() if leaf.scheme.weight_bits == 8 else qdata
 
 
 def _marker(form: str) -> Tensor:

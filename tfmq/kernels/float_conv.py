@@ -24,7 +24,8 @@ class Prepared(NamedTuple):
     geometry: Geometry
 
 
-def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """sums: not used."""
     return Prepared(codes.contiguous(memory_format=torch.channels_last), scale, geometry)
 
 

@@ -72,6 +72,11 @@ class Norm(NamedTuple):
         return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
+def code_sums(codes: Tensor) -> Tensor:
+    """codes int8 [N, K, ...] -> int32 [N], their sums per output channel."""
+    return codes.flatten(1).sum(1, dtype=torch.int32)
+
+
 def geometry_of(module: nn.Module) -> Geometry | str:
     """Geometry of a Linear or Conv2d, or why it has none that the kernels know."""
     weight = module.weight

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..quantizer import per_channel, quantize_affine, quantize_rows
 from . import reference
-from .geometry import Codes, Geometry, StaticInput
+from .geometry import Codes, Geometry, StaticInput, code_sums
 
 MIN_ROWS = 17  # cuBLASLt's int8 product wants more than 16 rows, and inner and outer sizes divisible by 8
 MULTIPLE = 8
@@ -29,9 +29,10 @@ class Prepared(NamedTuple):
     geometry: Geometry
 
 
-def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """As `reference.prepare`."""
     flat = codes.permute(0, 2, 3, 1).reshape(codes.shape[0], -1) if geometry.is_conv else codes
-    sums = flat.sum(1, dtype=torch.int32)
+    sums = code_sums(codes) if sums is None else sums
     rows, columns = -flat.shape[0] % MULTIPLE, -flat.shape[1] % MULTIPLE
     if rows or columns:
         flat = F.pad(flat, (0, columns, 0, rows))

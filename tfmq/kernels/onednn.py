@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Codes, Geometry, Norm, StaticInput
+from .geometry import Codes, Geometry, Norm, StaticInput, code_sums
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 128  # of a block that is multiplied at once: fewer would read the weight too often
@@ -94,12 +94,13 @@ def unsafe(geometry: Geometry) -> str | None:
     return None
 
 
-def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """As `reference.prepare`."""
     # A convolution's order depends on the image, so the first one that comes decides.
-    packed = codes if geometry.is_conv else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    packed = codes.contiguous() if geometry.is_conv else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
     zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
-    sums = codes.flatten(1).sum(1, dtype=torch.int32).float() * scale
-    return Prepared(packed, scale.contiguous(), zeros, sums, geometry)
+    sums = code_sums(codes) if sums is None else sums
+    return Prepared(packed, scale.contiguous(), zeros, sums.float() * scale, geometry)
 
 
 def restore(weight: Prepared) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantizer import per_channel, quantize_affine, quantize_rows
-from .geometry import Codes, Geometry, StaticInput
+from .geometry import Codes, Geometry, StaticInput, code_sums
 
 # A float32 holds every integer up to 2^24: 255 * 127 * 512 still fits, so chunks of 512 products add up exactly.
 EXACT_CHUNK = 512
@@ -24,8 +24,9 @@ class Prepared(NamedTuple):
     geometry: Geometry
 
 
-def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
-    return Prepared(codes, scale, codes.flatten(1).sum(1, dtype=torch.int32), geometry)
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """sums: `code_sums`, where they are known already."""
+    return Prepared(codes, scale, code_sums(codes) if sums is None else sums, geometry)
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ CONV2D_STATIC_NORMED = "conv2d_static_normed"
 
 @dataclass(frozen=True)
 class Backend:
-    """`module`: holds `prepare(codes, scale, geometry)` and the operations by name.
+    """`module`: holds `prepare(codes, scale, geometry, sums)` and the operations by name.
 
     `refuse(operation, device, geometry)`: why it cannot run this, or None. `dynamic_cost`: time of a per-token Linear
     over a static one, for the plan's choice between them. `rotation_cost`: time of a rotation of its input over

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Codes, Geometry, Norm, StaticInput
+from .geometry import Codes, Geometry, Norm, StaticInput, code_sums
 
 if TYPE_CHECKING:
     from ..grouped import Packed
@@ -51,11 +51,11 @@ def unsafe(geometry: Geometry) -> str | None:
     return "grouped convolution" if geometry.groups != 1 else None
 
 
-def prepare(codes: Tensor, scale: Tensor, geometry: Geometry) -> Prepared:
-    """codes int8 [N, K] or [N, C, kh, kw], scale float32 [N]."""
+def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """As `reference.prepare`. Nothing is copied of codes in channels_last order with a multiple of 16 channels."""
     from .triton_launch import Prepared, round_up
 
-    sums = codes.flatten(1).sum(1, dtype=torch.int32)
+    sums = code_sums(codes) if sums is None else sums
     columns = codes.permute(0, 2, 3, 1) if geometry.is_conv else codes
     more = round_up(columns.shape[-1]) - columns.shape[-1]
     flat = (F.pad(columns, (0, more)) if more else columns).reshape(codes.shape[0], -1).contiguous()
@@ -71,12 +71,12 @@ def view(weight: Prepared) -> Tensor:
     return weight.codes.view(n, height, width, -1)[..., :c].permute(0, 3, 1, 2)
 
 
-def prepare_packed(packed: Packed, geometry: Geometry) -> Prepared:
-    """A weight in 4 bits, kept as it is."""
+def prepare_packed(packed: Packed, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
+    """A weight in 4 bits, kept as it is. sums: as in `prepare`."""
     from .triton_launch import Prepared
 
     grid = packed.grid
-    sums = packed.int8().flatten(1).sum(1, dtype=torch.int32)
+    sums = code_sums(packed.int8()) if sums is None else sums
     return Prepared(
         packed.codes.contiguous(), grid.scale.contiguous(), sums, grid.factor.contiguous(), grid.zero.contiguous(),
         grid.group, geometry,
