@@ -207,6 +207,7 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     total = 0
     for module in modules:
         held = [*module._parameters.values(), *module._buffers.values(), getattr(module, "_prepared", None)]
+        held.append(getattr(module, "_sums", None))
         for tensor in tensors_in(held):
             place = id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
             if place not in seen:

@@ -110,11 +110,14 @@ def _status(key: str) -> int:
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The entries of `new` put into those of `old`; ours keeps the figures of the longer measurement."""
-    out = {**old, **{k: v for k, v in new.items() if not isinstance(v, dict)}}
+    shorter = new.get("rounds", 0) < old.get("rounds", 0)
+    out = {**old, **{k: v for k, v in new.items() if not isinstance(v, dict) and not shorter}}
     for key, value in new.items():
         if isinstance(value, dict):
-            kept = {k: v for k, v in old.get(key, {}).items() if k not in value}
-            out[key] = {**kept, **value}
+            before = old.get(key, {})
+            out[key] = {**before, **value}
+            if shorter and OURS in before:
+                out[key][OURS] = before[OURS]
     for name in out.get("median_s", {}):
         out.get("left_out", {}).pop(name, None)
     return out

@@ -20,7 +20,7 @@ import torch
 from bench import unet
 from devkit import inprocess
 
-PROMPTS, STEPS, CFG = 4, 20, 7.0  # of the calibration; a picture has as many steps
+PROMPTS, STEPS, CFG = 2, 10, 7.0  # of the calibration; a picture has as many steps
 
 
 def end_to_end(model: str, device: torch.device) -> dict[str, Any]:

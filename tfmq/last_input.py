@@ -49,7 +49,7 @@ class _Entry:
 class LastInput:
     """What all leaves of a model share. Of one input alone anything is kept, and the input itself is not.
 
-    The codes are at most as large as the input, and go with it, with the next leaf that runs, with the next call of the
+    The codes are at most as large as the input, and go with it, with the next integer layer, with the next call of the
     model, or as soon as the last of the leaves that are known to read it has used them.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,21 @@ def solve_layer(
         statistics.kind, scheme, shape, pack(rounded.codes).to(device), at.scale.to(device), balance,
         act_scale, act_zero_point, at.factor.to(device), at.zero.to(device), permutations,
     )  # fmt: skip
+
+
+def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
+    """`LayerState.nbytes` of what `solve_layer` will make of an integer scheme."""
+    channels, entries = statistics.shape[0], math.prod(statistics.shape)
+    size = entries * scheme.weight_bits // 8 + 4 * channels
+    if scheme.group:
+        size += 2 * entries // scheme.group
+    if scheme.balanced and statistics.balance is not None:
+        size += statistics.balance.nbytes
+    if scheme.permuted and statistics.permutations is not None:
+        size += statistics.permutations.nbytes
+    if scheme.activation == STATIC:
+        size += 8 * len(statistics.bin_low) * scheme.branches
+    return size
 
 
 def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -> Tensor:

@@ -165,3 +165,19 @@ def test_an_interrupt_comes_through(quantized):
         block(x)
     assert not comfy.model_management.processing_interrupted()
     assert torch.equal(patchers.sample(quantized), plain)
+
+
+def test_a_norm_that_another_pack_replaces_for_all_is_called(quantized, counted, monkeypatch):
+    """AnimateDiff-Evolved does so while it samples."""
+    calls = []
+    inner = ours.HOST_NORM.forward_comfy_cast_weights
+    replaced = lambda self, x: calls.append(1) or inner(self, x)  # noqa: E731
+    for owner, name in ((ours.HOST_NORM, "forward_comfy_cast_weights"), (nn.GroupNorm, "forward")):
+        with monkeypatch.context() as patch:
+            if owner is nn.GroupNorm:
+                plain = nn.GroupNorm.forward
+                replaced = lambda self, x: calls.append(1) or plain(self, x)  # noqa: B023, E731
+            patch.setattr(owner, name, replaced)
+            patchers.sample(quantized, steps=1)
+        assert not counted
+    assert calls

@@ -178,6 +178,16 @@ def test_a_weight_that_is_streamed_lies_as_it_did(quantized):
             assert there._qdata.shape[-1] == leaf.geometry.shape[1]
 
 
+def test_the_tables_follow_the_input(quantized):
+    """The host streams the parameters of a leaf that is not on the device, and leaves its buffers where they are."""
+    for path in linear_and_conv(quantized):
+        leaf = copy.deepcopy(patchers.leaves(quantized)[path])
+        reading = leaf.reading
+        leaf._bring_tables(torch.device("meta"))
+        tables = [table for table in leaf._buffers.values() if table is not None]
+        assert tables and all(table.device.type == "meta" for table in tables) and leaf.reading == reading
+
+
 def test_partial_unloading_gives_the_same_picture(quantized, monkeypatch):
     whole = patchers.sample(quantized)
     freed = quantized.partially_unload(quantized.offload_device, 6_000_000)

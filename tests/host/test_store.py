@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from support import loras, patchers, tiny
 
@@ -146,6 +147,22 @@ def test_the_host_can_load_it_again_by_itself(saved):
         twin = function(*arguments, disable_dynamic=True)
     assert twin.model is not loaded.model
     assert torch.equal(patchers.sample(twin), patchers.sample(loaded))
+
+
+def test_a_clone_onto_a_network_of_its_own(quantized, saved):
+    """As the host makes one for torch.compile behind dynamic loading, for hooked LoRAs and for other devices."""
+    for source in (quantized, load(saved)[0]):
+        with torch.inference_mode():
+            fresh = load(saved)[0]
+            clone = source.clone(model_override=(fresh.model, ({}, {}, {}, set())))
+        ours = set(clone.model.diffusion_model.modules())
+        patches = [patch for key, patch in clone.object_patches.items() if key.endswith(".forward")]
+        bound = [cell.cell_contents for patch in patches for cell in patch.__closure__ or ()]
+        assert patches and all(module in ours for module in bound if isinstance(module, nn.Module))
+        assert torch.equal(patchers.sample(clone), patchers.sample(source))
+        clock = clone.attachments["tfmq"].clock
+        inside = [m for m in clone.model.diffusion_model.modules() if hasattr(m, "clock")]
+        assert inside and all(module.clock is clock for module in inside)
 
 
 def test_v_prediction_is_kept_or_announced(base):

@@ -61,3 +61,11 @@ def test_merge_keeps_earlier_contenders() -> None:
     assert speed.merge(old, new) == {
         "rounds": 4, "median_s": {"a": 1.5, "b": 2.0, "c": 3.0}, "left_out": {},
     }  # fmt: skip
+
+
+def test_merge_keeps_the_longer_measurement_of_ours() -> None:
+    ours = speed_networks.OURS
+    old = {"rounds": 5, "median_s": {ours: 1.0, "b": 2.0}}
+    new = {"rounds": 2, "median_s": {ours: 1.5, "c": 3.0}, "left_out": {}}
+    assert speed.merge(old, new) == {"rounds": 5, "median_s": {ours: 1.0, "b": 2.0, "c": 3.0}, "left_out": {}}
+    assert speed.merge(new, old)["median_s"][ours] == 1.0

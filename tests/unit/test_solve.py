@@ -12,7 +12,7 @@ from tfmq.observe import LayerStatistics
 from tfmq.quantizer import dequantize_weight, per_channel
 from tfmq.rotation import unrotate
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import Rounded, solve_layer
+from tfmq.solve import Rounded, size_of, solve_layer
 
 SHAPES = [(5, 7), (6, 4, 3, 3), (3, 1, 1, 1)]
 
@@ -92,6 +92,23 @@ def test_bytes() -> None:
     found = statistics(weight, torch.ones(7))
     assert solve_layer(Scheme(activation=DYNAMIC), found, weight, "mse").nbytes == 35 + 20
     assert solve_layer(Scheme(balanced=True), found, weight, "mse").nbytes == 35 + 20 + 28 + 16 + 16
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (6, 64, 3, 3)], ids=str)
+@pytest.mark.parametrize("activation", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("group", [0, 32, 64])
+@pytest.mark.parametrize("changed", [False, True])
+def test_bytes_are_known_beforehand(shape: tuple[int, ...], activation: str, group: int, changed: bool) -> None:
+    weight = torch.randn(shape)
+    found = statistics(weight, torch.ones(64))
+    scheme = Scheme(4 if group else 8, 8, activation, balanced=changed, group=group)
+    if changed and activation == STATIC:
+        found = replace(found, branches=torch.stack([found.histogram, found.histogram]))
+        scheme = replace(scheme, branches=2)
+    if changed and len(shape) == 2:
+        found = replace(found, permutations=torch.arange(64, dtype=torch.int16).unsqueeze(0))
+        scheme = replace(scheme, rotation=32, permuted=True)
+    assert size_of(scheme, found) == solve_layer(scheme, found, weight, "mse").nbytes
 
 
 def test_a_scheme_without_balance_ignores_the_vector() -> None:

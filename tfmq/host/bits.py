@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..grouped import GROUPS
 from ..kernels.geometry import Geometry
 from ..samples import Samples
 from ..scheme import Plan, Recipe, Scheme
-from ..solve import solve_layer
+from ..solve import size_of, solve_layer
 from ..timeline import Clock
 from .calibrate import FOLDER
 from .clock import ClockWrapper
@@ -56,40 +56,29 @@ def mixed_plan(
     progress: (done, total).
     Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
     """
-    trials = [replace(recipe, group=group) for group in GROUPS if group > recipe.group]
-    for trial in (recipe, *trials[:-1]):
-        with suppress(_TooLarge):
-            return _plan(patcher, calibration, trial, keep, geometries, costs, progress)
-    return _plan(patcher, calibration, trials[-1] if trials else recipe, keep, geometries, costs, progress)
-
-
-class _TooLarge(TfmqError):
-    """No plan is as small as the budget."""
-
-
-def _plan(
-    patcher: ModelPatcher,
-    calibration: Calibration,
-    recipe: Recipe,
-    keep: Mapping[str, str],
-    geometries: Mapping[str, Geometry],
-    costs: tuple[float, float],
-    progress: Callable[[int, int], None],
-) -> Plan:
-    """`mixed_plan` with the recipe's own groups."""
     network = patcher.model.diffusion_model
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
     eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, *costs)
-    options: dict[str, dict[int, Scheme]] = {}
-    for path, scheme in eight.layers.items():
-        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, *costs)
-        options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
+    total = 2 * sum(p.numel() for p in network.parameters())
+    rest = total - sum(2 * math.prod(calibration.layers[path].shape) for path in eight.layers)
+    for group in (recipe.group, *(g for g in GROUPS if g > recipe.group)):
+        recipe = replace(recipe, group=group)
+        options = _options(calibration, recipe, eight, costs)
+        smallest = rest + sum(
+            min(2 * math.prod(layer.shape), *(size_of(scheme, layer) for scheme in options[path].values()))
+            for path, layer in calibration.layers.items()
+            if path in options
+        )
+        if smallest <= recipe.budget or not recipe.budget:
+            break
+    else:
+        raise TfmqError(
+            f"A size of {recipe.budget / MEGABYTE:.1f} MB cannot be met: the smallest that this model allows is "
+            f"{smallest / MEGABYTE:.1f} MB; set size_mb to at least that."
+        )
     asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
     question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)
     choices = _kept(question, lambda: _measure(patcher, calibration, recipe, options, geometries, progress))
-    rest = 2 * sum(p.numel() for p in network.parameters()) - sum(
-        next(o.size for o in found if o.bits == FLOAT) for found in choices.values()
-    )
     plan = _solved(recipe, choices, rest)
     layers, reasons, left = {}, {}, dict(eight.left)
     for path, option in plan.items():
@@ -107,18 +96,24 @@ def _plan(
     return Plan(recipe, layers, reasons, left)
 
 
+def _options(
+    calibration: Calibration, recipe: Recipe, eight: Plan, costs: tuple[float, float]
+) -> dict[str, dict[int, Scheme]]:
+    """Path -> bits -> scheme. eight: the plan with 8 bits everywhere."""
+    options: dict[str, dict[int, Scheme]] = {}
+    for path, scheme in eight.layers.items():
+        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, *costs)
+        options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
+    return options
+
+
 def _solved(recipe: Recipe, choices: Mapping[str, list[Option]], rest: int) -> dict[str, Option]:
+    """rest: bytes of what is not a choice."""
     if recipe.budget:
         plan = least_error(choices, recipe.budget - rest)
-        if plan is None:
-            smallest = rest + sum(min(o.size for o in options) for options in choices.values())
-            raise _TooLarge(
-                f"A size of {recipe.budget / MEGABYTE:.1f} MB cannot be met: the smallest that this model allows is "
-                f"{smallest / MEGABYTE:.1f} MB; set size_mb to at least that."
-            )
-        return plan
-    plan = fewest_bytes(choices, 10 ** (-recipe.quality / 10))
-    assert plan is not None  # float has no error
+    else:
+        plan = fewest_bytes(choices, 10 ** (-recipe.quality / 10))
+    assert plan is not None  # the budget was looked at before, and float has no error
     return plan
 
 

@@ -130,11 +130,14 @@ register_layout_class(NAME_4, Int4Layout)
 def stored(codes: Tensor) -> Tensor:
     """int8 codes [N, K, ...] in the order in which the host keeps and streams them: those of a convolution as
     [N, kh, kw, C], which the kernels for GPUs read as they are."""
+    return reordered(codes).contiguous()
+
+
+def reordered(codes: Tensor) -> Tensor:
+    """`stored` without a copy."""
     if codes.dim() != 4:
         return codes
-    if isinstance(codes, PackedCodes):
-        return codes.permuted(0, 2, 3, 1)
-    return codes.permute(0, 2, 3, 1).contiguous()
+    return codes.permuted(0, 2, 3, 1) if isinstance(codes, PackedCodes) else codes.permute(0, 2, 3, 1)
 
 
 def codes_of(qdata: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.geometry import Geometry, Norm
-from ..leaf import LeafCore
+from ..leaf import TABLES, LeafCore
 from ..scheme import INT, NONE
 from ..solve import LayerState
 from ..timeline import Clock
 from . import nf4
-from .layout import codes_of, packed, quantized_tensor, stored
+from .layout import codes_of, packed, quantized_tensor, reordered
 from .residual import Residual
 
 
@@ -63,6 +63,7 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
     def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """norm: a convolution's input is SiLU(norm(x))."""
         comfy.ops.run_every_op()
+        self._bring_tables(x.device)
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
@@ -81,6 +82,13 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
             y = y + self.residual_forward(x, residual)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
+
+    def _bring_tables(self, device: torch.device) -> None:
+        """A leaf that is not loaded whole stays where it is, and the host streams parameters alone."""
+        for name in TABLES:
+            table = self._buffers.get(name)
+            if table is not None and table.device != device:
+                self._buffers[name] = table.to(device)  # not by attribute: it is the same table
 
     @property
     def weight_function(self) -> list[Any]:
@@ -117,7 +125,7 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         own = self.weight
         assert isinstance(own, QuantizedTensor)
-        own._qdata = stored(same)
+        own._qdata = reordered(same)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

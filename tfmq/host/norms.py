@@ -20,6 +20,7 @@ from .model import PREFIX
 
 HOST_NORM = comfy.ops.disable_weight_init.GroupNorm
 HOST_NORMS = (*norm_chain.NORMS, HOST_NORM.forward)
+AS_IMPORTED = nn.GroupNorm.forward, HOST_NORM.forward_comfy_cast_weights
 
 
 def attach(patcher: ModelPatcher, plan: Plan) -> None:
@@ -39,6 +40,9 @@ def attach(patcher: ModelPatcher, plan: Plan) -> None:
 
 def _fused(sequence: nn.Sequential) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
+        # AnimateDiff-Evolved replaces these while it samples: a norm over all frames.
+        if (nn.GroupNorm.forward, HOST_NORM.forward_comfy_cast_weights) != AS_IMPORTED:
+            return nn.Sequential.forward(sequence, x)
         return norm_chain.run(sequence, x, _together, HOST_NORMS)
 
     return forward
@@ -58,7 +62,8 @@ def _together(norm: Any, leaf: _HostLeaf, x: Tensor) -> Tensor:
     if not isinstance(norm, HOST_NORM) or not (norm.comfy_cast_weights or norm.weight_function or norm.bias_function):
         return norm_chain.together(norm, leaf, x)
     weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
-    # Copies, since the leaf's own weight may be streamed into the same buffer.
-    here = Norm(norm.num_groups, weight.clone(), bias.clone(), norm.eps)
+    if norm.weight.device != x.device:  # the leaf's own weight may be streamed into the same buffer
+        weight, bias = weight.clone(), bias.clone()
+    here = Norm(norm.num_groups, weight, bias, norm.eps)
     comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
     return leaf(x, here)

@@ -20,6 +20,7 @@ from ..edit import edited
 from ..errors import TfmqError
 from ..kernels.geometry import Geometry, geometry_of
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
+from ..leaf import LeafCore
 from ..rounding.reconstruct import Result
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
 from ..solve import LayerState, solve_layer
@@ -219,10 +220,30 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
     attention.attach(patcher)
-    feed_forward.attach(patcher, quantized.plan)
-    norms.attach(patcher, quantized.plan)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, WRAPPER, _settle)
+    _fuse(patcher, quantized.plan)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
+
+
+def _fuse(patcher: ModelPatcher, plan: Plan) -> None:
+    feed_forward.attach(patcher, plan)
+    norms.attach(patcher, plan)
+
+
+def _settle(patcher: ModelPatcher, clone: ModelPatcher) -> None:
+    """ON_CLONE callback. For torch.compile, hooked LoRAs and other devices the host clones a MODEL onto a network of
+    its own, made anew: what was bound to the old network is made for that one, and its leaves get the clock that is
+    set."""
+    if clone.model is patcher.model:
+        return
+    quantized = require_quantized(clone)
+    for module in clone.model.diffusion_model.modules():
+        if isinstance(module, TemporalLinear) and quantized.temporal_clock is not None:
+            module.clock = quantized.temporal_clock
+        elif isinstance(module, LeafCore):
+            module.clock = quantized.clock
+    _fuse(clone, quantized.plan)
 
 
 def state_to(state: LayerState, device: Any) -> LayerState:
