@@ -206,8 +206,8 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     seen: set[int] = set()
     total = 0
     for module in modules:
-        held = [*module._parameters.values(), *module._buffers.values(), getattr(module, "_prepared", None)]
-        held.append(getattr(module, "_sums", None))
+        held = [*module._parameters.values(), *module._buffers.values()]
+        held += [getattr(module, made, None) for made in ("_prepared", "_sums")]
         for tensor in tensors_in(held):
             place = id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
             if place not in seen:

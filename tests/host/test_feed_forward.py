@@ -42,6 +42,7 @@ def test_blocks_change_nothing(quantized, blocks, monkeypatch):
 
 
 def test_the_base_is_as_before(base, quantized):
+    """Of all layers: those whose norm is fused included."""
     patchers.sample(quantized)
     before = patchers.sample(base)
     for module in base.model.diffusion_model.modules():
