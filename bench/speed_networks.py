@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench import unet
 from devkit import inprocess
 from tfmq import norm_chain
+from tfmq.attention import whole_vectors
 from tfmq.calibration import Calibration
 from tfmq.decide import decide
 from tfmq.errors import TfmqError
@@ -130,12 +132,29 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         for part in network.modules():
             inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]
             if isinstance(part, unet.FeedForward) and all(map(suits, inner)):
-                vars(part)["forward"] = partial(in_blocks, part.net, width=part.width)
+                vars(part)["forward"] = partial(in_blocks, partial(_feed_forward, *part.net), width=part.width)
+            if isinstance(part, unet.CrossAttention):
+                part.attention = _attention
     labels = [scheme.label for scheme in plan.layers.values()]
     notes = ", ".join(f"{labels.count(label)} {label}" for label in sorted(set(labels)))
     network(*inputs)  # packs the weights
     gc.collect()
     return Contender(lambda: network(*inputs), resident(network), f"{notes}; {len(plan.left)} in float")
+
+
+def _feed_forward(first: Any, _dropout: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """As tfmq.host.feed_forward has it."""
+    y: Tensor = second(first.proj(x, gated=True))
+    return y
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As tfmq.host.attention has it."""
+    mask = None
+    padded = whole_vectors(q.shape[-2], k, v)
+    if padded is not None:
+        k, v, mask = padded
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _observe(
@@ -243,4 +262,5 @@ def _tensors(network: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, LeafCore) and module._prepared is not None:
             ready = module._prepared[2]
             parts = ready if isinstance(ready, tuple) else vars(ready).values()
-            yield from (part for part in parts if isinstance(part, Tensor))
+            for part in parts:
+                yield from (one for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Tensor))

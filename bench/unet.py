@@ -8,6 +8,7 @@ host's network.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,9 @@ CONFIGS = {
 }
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """q, k, v [B, N, heads * d] -> [B, N, heads * d], by torch's own attention."""
-    b = q.shape[0]
-    q, k, v = (x.view(b, -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def apart(x: Tensor, heads: int) -> Tensor:
+    """x [B, N, heads * d] -> [B, heads, N, d]."""
+    return x.view(x.shape[0], -1, heads, x.shape[-1] // heads).transpose(1, 2)
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -83,10 +82,11 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context, channels, bias=False)
         self.to_v = nn.Linear(context, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
+        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attention(q, k, v, self.heads))
+        q, k, v = (apart(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):

@@ -17,8 +17,16 @@ from torch.nn import functional as F
 
 from .grouped import Grid, Packed
 from .guidance import split
-from .kernels.geometry import Codes, Geometry, Norm, StaticInput, code_sums
-from .kernels.table import CONV2D_STATIC, CONV2D_STATIC_NORMED, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from .kernels.geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
+from .kernels.table import (
+    CONV2D_STATIC,
+    CONV2D_STATIC_NORMED,
+    LINEAR_DYNAMIC,
+    LINEAR_STATIC,
+    MULTIPLY_GATED,
+    Backend,
+    pick,
+)  # fmt: skip
 from .last_input import Reading
 from .packed_codes import PackedCodes, plain
 from .quantizer import dequantize_weight, per_channel
@@ -86,15 +94,23 @@ class LeafCore(nn.Module):
         scale: Tensor,
         bias: Tensor | None,
         norm: Norm | None = None,
+        gated: bool = False,
         streamed: bool = False,
     ) -> Tensor:
-        """Run the layer on integer codes, int8 [N, K, ...] or packed. owner: what `codes` belong to; while it is the
-        same object, the prepared form of the weight is reused. norm: the input is SiLU(norm(x)). streamed: the codes
-        are a copy of the owner's for this call alone, and nothing is kept of them but their sums."""
+        """Run the layer on integer codes, int8 [N, K, ...] or packed.
+
+        owner: what `codes` belong to; while it is the same object, the prepared form of the weight is reused.
+        norm: the input is SiLU(norm(x)). gated: the result is `geglu` of the layer's. streamed: the codes are a copy of
+        the owner's for this call alone, and nothing is kept of them but their sums.
+        """
         if x.numel() == 0:
-            return self._empty(x)
+            return geglu(self._empty(x)) if gated else self._empty(x)
         prepared = self._prepare(x.device, owner, codes, scale, streamed)
         module, weight = prepared[1].module, prepared[2]
+        if gated and self._gates(module) and not streamed:
+            return getattr(module, MULTIPLY_GATED)(self._quantize(x, weight, module), weight, bias).to(x.dtype)
+        if gated:
+            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed))
         if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
             made = self.clock.last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
             if made is not None:
@@ -111,6 +127,11 @@ class LeafCore(nn.Module):
         # A grid of fewer bits has its input clipped, which would be too early.
         static = self.operation == CONV2D_STATIC and self.scheme.activation_bits == 8
         return static and hasattr(module, CONV2D_STATIC_NORMED)
+
+    def _gates(self, module: ModuleType) -> bool:
+        # What is unpacked at every call would be put in another order at every call.
+        static = self.operation == LINEAR_STATIC and self.scheme.branches == 1
+        return static and self.scheme.weight_bits == 8 and hasattr(module, MULTIPLY_GATED)
 
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is quantized of x, and what it still has to be multiplied by."""
@@ -230,11 +251,12 @@ class _PlainLeaf(LeafCore):
         self.register_buffer("zero", state.zero)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """norm: a convolution's input is SiLU(norm(x))."""
+    def forward(self, x: Tensor, norm: Norm | None = None, gated: bool = False) -> Tensor:
+        """norm: a convolution's input is SiLU(norm(x)). gated: `geglu` follows the layer."""
         if self.scheme.activation == NONE:
-            return self._float(x if norm is None else F.silu(norm(x)), self.dequantize().to(x.dtype))
-        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias, norm)
+            y = self._float(x if norm is None else F.silu(norm(x)), self.dequantize().to(x.dtype))
+            return geglu(y) if gated else y
+        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias, norm, gated)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.codes, self._prepared, self._sums = plain(self.codes), None, None  # they are about to be written to

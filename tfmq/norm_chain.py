@@ -54,7 +54,7 @@ def run(
     modules, at = list(sequence), 0
     while at < len(modules):
         stop = end(modules, at, _is_leaf, norms)
-        if stop > at and all(map(_as_it_was, modules[at:stop])):
+        if stop > at and all(map(untouched, modules[at:stop])):
             x = together(modules[at], modules[stop - 1], x)
             at = stop
         else:
@@ -67,7 +67,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, LeafCore) and module.geometry.is_conv
 
 
-def _as_it_was(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """Whether nobody watches or replaces what this module computes."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False

@@ -44,8 +44,8 @@ def rotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:
         return x
     if permutations is None:
         return _blocks(x, group)
-    for permutation in permutations.to(x.device, torch.int32):
-        x = _blocks(x.index_select(-1, permutation), group)
+    for permutation in permutations.to(x.device, torch.int64):
+        x = _blocks(_select(x, permutation), group)
     return x
 
 
@@ -114,6 +114,12 @@ def weight_errors(rows: Tensor, weight: Tensor) -> Tensor:
     unit = weight.double().square().sum() * rows.double().square().mean() * rows.shape[0]
     made = torch.stack([(rows @ (rounded - weight).t()).double().square().sum() for rounded in (eight, four)])
     return made / unit.clamp_min(1e-30)
+
+
+def _select(x: Tensor, permutation: Tensor) -> Tensor:
+    if x.device.type == "cpu" and x.dtype != torch.float32:  # of which index_select takes twice as long as gather
+        return x.gather(-1, permutation.expand(x.shape))
+    return x.index_select(-1, permutation)
 
 
 def _blocks(x: Tensor, group: int) -> Tensor:

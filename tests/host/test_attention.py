@@ -11,8 +11,16 @@ ours = patchers.module("tfmq.host.attention")
 from comfy.ldm.modules import attention  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
-SHAPES = {"self": (2, 64, 64, 8, 5), "text": (2, 50, 77, 2, 16), "one token": (1, 1, 1, 1, 4), "nine": (9, 3, 7, 3, 8)}
-SLOWER = [attention.attention_sub_quad, attention.attention_split, attention.attention_basic]
+SHAPES = {
+    "self": (2, 64, 64, 8, 5),
+    "text": (2, 50, 77, 2, 16),
+    "text, padded": (2, 300, 77, 2, 16),
+    "one token": (1, 1, 1, 1, 4),
+    "nine": (9, 3, 7, 3, 8),
+}
+REPLACED = [
+    attention.attention_sub_quad, attention.attention_split, attention.attention_basic, attention.attention_pytorch
+]  # fmt: skip
 OPTIONS = {ours.KEY: ours.faster_attention}
 
 
@@ -33,15 +41,30 @@ def exact(q, k, v, heads, mask=None):
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("function", SLOWER, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", REPLACED, ids=lambda f: f.__name__)
 def test_it_is_right(name, dtype, bound, function, monkeypatch):
     used = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", _spy(F.scaled_dot_product_attention, used))
     q, k, v, heads = tensors(name, dtype)
     want = exact(q, k, v, heads)
     got = function(q, k, v, heads, transformer_options=OPTIONS)
-    assert used == [None] and got.dtype is dtype and got.shape == q.shape
+    assert (
+        len(used) == 1 and (used[0] is not None) == ("padded" in name) and got.dtype is dtype and got.shape == q.shape
+    )
     torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
+
+
+def test_every_argument_arrives():
+    q, k, v, heads = tensors("text, padded", torch.float32)
+    apart = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    want = exact(q, k, v, heads)
+    by_place = attention.attention_sub_quad(*apart, heads, None, None, True, transformer_options=OPTIONS)
+    by_name = attention.attention_sub_quad(
+        apart[0], k=apart[1], v=apart[2], heads=heads, skip_reshape=True, skip_output_reshape=True,
+        transformer_options=OPTIONS,
+    )  # fmt: skip
+    torch.testing.assert_close(by_place.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_name.transpose(1, 2).flatten(2).double(), want, rtol=1e-5, atol=1e-5)
 
 
 def _spy(function, used):

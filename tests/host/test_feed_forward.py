@@ -64,3 +64,25 @@ def test_layers_that_decode_their_weight_at_every_call_run_whole(base):
     calibration = patchers.calibrate(base, 2)
     for recipe in ("W4A8", "W4A16"):
         assert not forwards(patchers.quantize(base, calibration, recipe))
+
+
+def test_a_geglu_is_computed_with_its_layer(quantized, monkeypatch):
+    """Near to what the two give one after the other, and not where somebody watches or changes either."""
+    seen = []
+    inner = ours.LeafCore._gates
+    monkeypatch.setattr(ours.LeafCore, "_gates", lambda self, module: seen.append(self) or inner(self, module))
+    found = patchers.sample(quantized)
+    assert any(leaf.scheme.activation == "static" for leaf in seen)
+    network = quantized.model.diffusion_model
+    gates = [module for module in network.modules() if type(module) is ours.GEGLU]
+    seen.clear()
+    hooks = [gate.register_forward_hook(lambda *_: None) for gate in gates]
+    apart = patchers.sample(quantized)
+    for hook in hooks:
+        hook.remove()
+    assert not seen
+    assert patchers.distance(found, apart) < 1e-3
+    monkeypatch.setattr(ours.GEGLU, "forward", lambda self, x: self.proj(x).chunk(2, dim=-1)[0])
+    assert patchers.distance(patchers.sample(quantized), apart) > 1e-2 and not seen
+    monkeypatch.undo()
+    assert torch.equal(patchers.sample(quantized), found)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfmq.leaf
 from tfmq.kernels import reference
-from tfmq.kernels.geometry import Geometry, geometry_of
+from tfmq.kernels.geometry import Geometry, geglu, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
 from tfmq.leaf import QuantConv2d, QuantLinear
 from tfmq.packed_codes import PackedCodes
@@ -342,3 +342,17 @@ def test_every_backend_here_is_right_under_compile(operation: str) -> None:
         for t in (10.0, 999.0):
             made.clock.set(torch.tensor([t]))
             assert torch.equal(compiled(made.x), made.leaf(made.x))
+
+
+@pytest.mark.parametrize("operation", [LINEAR_STATIC, LINEAR_DYNAMIC])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_a_gated_leaf(operation: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(operation)
+    use(monkeypatch, backend, operation, made.leaf.geometry)
+    with torch.no_grad():
+        want = geglu(made.leaf(made.x))
+        torch.testing.assert_close(made.leaf(made.x, gated=True), want, rtol=1e-5, atol=1e-5)
+        assert made.leaf(made.x[:0], gated=True).shape == (0, 5, 24)
+        torch._dynamo.reset()
+        compiled = torch.compile(made.leaf, backend="eager")
+        torch.testing.assert_close(compiled(made.x, gated=True), want, rtol=1e-5, atol=1e-5)

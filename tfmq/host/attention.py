@@ -14,18 +14,24 @@ from comfy.ldm.modules import attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..attention import whole_vectors
+
 KEY = "optimized_attention_override"
 # The host's ways that the faster one replaces; what a person chose by an argument or a node is none of them.
 SLOWER = ("attention_sub_quad", "attention_split", "attention_basic")
-MASK = 3  # place of the mask behind q among an attention's arguments
+FASTER = "attention_pytorch"
+ARGUMENTS = "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 
 
 def faster_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The host's override: the attention that it is about to call, then that one's arguments."""
-    masked = (args[MASK] if len(args) > MASK else kwargs.get("mask")) is not None
-    if q.device.type != "cpu" or masked or func.__name__ not in SLOWER:
+    named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+    if q.device.type != "cpu" or named.get("mask") is not None or func.__name__ not in (*SLOWER, FASTER):
         return func(q, *args, **kwargs)
-    return attention.attention_pytorch(q, *args, **kwargs)
+    padded = whole_vectors(q.shape[-2], named["k"], named["v"])
+    if padded is not None:
+        named["k"], named["v"], named["mask"] = padded
+    return attention.attention_pytorch(q, **named)
 
 
 def attach(patcher: ModelPatcher) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from comfy.ldm.modules.attention import FeedForward
+from comfy.ldm.modules.attention import GEGLU, FeedForward
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..leaf import LeafCore
+from ..norm_chain import untouched
 from ..rowwise import in_blocks, suits
 from ..scheme import Plan
 from .model import PREFIX
+
+AS_IMPORTED = GEGLU.forward
 
 
 def attach(patcher: ModelPatcher, plan: Plan) -> None:
@@ -34,9 +37,28 @@ def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
     width = max(_outputs(layer) for layer in module.modules())
 
     def forward(x: Tensor) -> Tensor:
-        return in_blocks(module.net, x, width)
+        return in_blocks(_gated if _gates(module) else module.net, x, width)
+
+    def _gated(x: Tensor) -> Tensor:
+        first, *rest = module.net
+        x = first.proj(x, gated=True)
+        for layer in rest:
+            x = layer(x)
+        return x
 
     return forward
+
+
+def _gates(module: FeedForward) -> bool:
+    """Whether the first layer of the network may compute what its GEGLU makes of it."""
+    first = module.net[0]
+    return (
+        type(first) is GEGLU
+        and isinstance(first.proj, LeafCore)
+        and GEGLU.forward is AS_IMPORTED
+        and untouched(first)
+        and untouched(first.proj)
+    )
 
 
 def _outputs(layer: nn.Module) -> int:

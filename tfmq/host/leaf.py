@@ -17,7 +17,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.geometry import Geometry, Norm
+from ..kernels.geometry import Geometry, Norm, geglu
 from ..leaf import TABLES, LeafCore
 from ..scheme import INT, NONE
 from ..solve import LayerState
@@ -60,26 +60,30 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         # The merged float weight while a hooked LoRA is on.
         self.hooked: Tensor | None = None
 
-    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """norm: a convolution's input is SiLU(norm(x))."""
+    def forward(self, x: Tensor, norm: Norm | None = None, gated: bool = False) -> Tensor:
+        """norm: a convolution's input is SiLU(norm(x)). gated: `geglu` follows the layer."""
         comfy.ops.run_every_op()
         self._bring_tables(x.device)
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
         )  # fmt: skip
-        if norm is not None:
-            integer = self.hooked is None and isinstance(weight, QuantizedTensor) and self.scheme.activation != NONE
-            if self.residuals or not integer:  # somebody needs the float input
-                x, norm = F.silu(norm(x)), None
+        integer = self.hooked is None and isinstance(weight, QuantizedTensor) and self.scheme.activation != NONE
+        alone = integer and not self.residuals  # nobody else needs the float input or output
+        if norm is not None and not alone:
+            x, norm = F.silu(norm(x)), None
         if self.hooked is not None:
             y = self.float_forward(x, self.hooked.to(x.device, x.dtype), bias)
+        elif alone and (norm is not None or gated):
+            y = self._in_integers(x, weight, bias, norm, gated)
         elif isinstance(weight, QuantizedTensor):
-            y = self.integer_forward(x, weight, bias) if norm is None else self._in_integers(x, weight, bias, norm)
+            y = self.integer_forward(x, weight, bias)
         else:  # another pack's weight function: the host hands over a float weight
             y = self.float_forward(x, weight.to(x.dtype), bias)
         for residual in self.residuals:
             y = y + self.residual_forward(x, residual)
+        if gated and not alone:
+            y = geglu(y)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
@@ -113,14 +117,16 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         """weight: on x's device."""
         if self.scheme.activation == NONE:
             return self.float_forward(x, weight.dequantize().to(x.dtype), bias)
-        return self._in_integers(x, weight, bias, None)
+        return self._in_integers(x, weight, bias)
 
-    def _in_integers(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    def _in_integers(
+        self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, norm: Norm | None = None, gated: bool = False
+    ) -> Tensor:
         codes = packed(weight._qdata, weight._params) if self.scheme.weight_bits == 4 else codes_of(weight._qdata)
         own = self.weight
         assert isinstance(own, QuantizedTensor)
         streamed = own._qdata is not weight._qdata
-        return self.compute(x, own, codes, weight._params.scale, bias, norm, streamed)
+        return self.compute(x, own, codes, weight._params.scale, bias, norm, gated, streamed)
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         own = self.weight

@@ -72,6 +72,12 @@ class Norm(NamedTuple):
         return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
+def geglu(y: Tensor) -> Tensor:
+    """y [..., 2 N] -> [..., N]: its first half times GELU of the second."""
+    value, gate = y.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
 def code_sums(codes: Tensor) -> Tensor:
     """codes int8 [N, K, ...] -> int32 [N], their sums per output channel."""
     return codes.flatten(1).sum(1, dtype=torch.int32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Codes, Geometry, Norm, StaticInput, code_sums
+from .geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 128  # of a block that is multiplied at once: fewer would read the weight too often
@@ -30,11 +30,12 @@ MAGIC = 1.5 * 2.0**23
 class Prepared:
     """The weight in oneDNN's own order, with scales, zeros for its zero points, and scaled sums per output channel.
 
+    packed: one part, or the two halves of the output channels that `multiply_gated` wants.
     image: what a convolution's order is made for, [B, C, H, W] of its padded codes; None: they lie as they came.
     strangers: calls in a row that had another image.
     """
 
-    packed: Tensor
+    packed: tuple[Tensor, ...]
     scale: Tensor
     zeros: Tensor
     sums: Tensor
@@ -100,14 +101,21 @@ def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | Non
     packed = codes.contiguous() if geometry.is_conv else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
     zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
     sums = code_sums(codes) if sums is None else sums
-    return Prepared(packed, scale.contiguous(), zeros, sums.float() * scale, geometry)
+    return Prepared((packed,), scale.contiguous(), zeros, sums.float() * scale, geometry)
 
 
 def restore(weight: Prepared) -> Tensor:
     """The codes that `prepare` was given, int8 of the weight's shape, contiguous."""
     if not weight.geometry.is_conv:
-        return weight.packed.to_dense().t().contiguous()
-    return weight.packed.clone() if weight.image is None else weight.packed.to_dense()
+        return torch.cat([part.to_dense().t() for part in weight.packed])
+    return weight.packed[0].clone() if weight.image is None else weight.packed[0].to_dense()
+
+
+def _in_parts(weight: Prepared, count: int) -> None:
+    """A Linear's weight in so many parts of the output channels."""
+    if len(weight.packed) != count:
+        parts = restore(weight).chunk(count)
+        weight.packed = tuple(torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
 
 
 def _order_for(weight: Prepared, image: torch.Size) -> None:
@@ -119,32 +127,32 @@ def _order_for(weight: Prepared, image: torch.Size) -> None:
     if weight.image is not None and weight.strangers < PATIENCE:
         return
     g = weight.geometry
-    codes = weight.packed if weight.image is None else weight.packed.to_dense()
-    weight.packed = torch.ops.onednn.qconv_prepack(
+    codes = weight.packed[0] if weight.image is None else weight.packed[0].to_dense()
+    packed = torch.ops.onednn.qconv_prepack(
         codes, weight.scale, 1.0, 0, list(g.stride), [0, 0], list(g.dilation), g.groups, list(image)
     )
+    weight.packed = (packed,)
     weight.image, weight.strangers = image, 0
 
 
 class _Affine(NamedTuple):
-    """A static grid as the blocks want it, float32: factor [K] or [1], zero point [1]."""
+    """A static grid as the blocks want it, float32 [K] each: `zero` is MAGIC and the zero point.
 
-    factor: Tensor
-    zero_point: Tensor
-
-    def scale(self, block: Tensor) -> None:
-        block.mul_(self.factor).add_(MAGIC).add_(self.zero_point)
-
-
-class _Activated(NamedTuple):
-    """SiLU and then a static grid, float32 [C] each: `zero` is MAGIC and the zero point. gain, shift: of a norm before.
-
-    All of one length, without which torch has no vector code for `addcmul`. One addition in place of two: where the
+    Both of full length, without which torch has no vector code for `addcmul`. One addition in place of two: where the
     zero point is odd, what lies in the very middle between two codes goes to the other one.
     """
 
     factor: Tensor
     zero: Tensor
+
+    def scale(self, block: Tensor) -> None:
+        torch.addcmul(self.zero, block, self.factor, out=block)
+
+
+class _Activated(NamedTuple):
+    """SiLU and then a static grid. gain, shift: of a norm before, float32 [C] each."""
+
+    grid: _Affine
     gain: Tensor | None = None
     shift: Tensor | None = None
 
@@ -152,12 +160,13 @@ class _Activated(NamedTuple):
         if self.gain is not None and self.shift is not None:
             torch.addcmul(self.shift, block, self.gain, out=block)
         F.silu(block, inplace=True)
-        torch.addcmul(self.zero, block, self.factor, out=block)
+        self.grid.scale(block)
 
 
-def _affine(grid: StaticInput) -> _Affine:
+def _affine(grid: StaticInput, width: int) -> _Affine:
+    """width: K."""
     factor = grid.scale.reciprocal() if grid.inverse_balance is None else grid.inverse_balance / grid.scale
-    return _Affine(factor, grid.zero_point.float())
+    return _Affine(factor.expand(width).contiguous(), (grid.zero_point + MAGIC).expand(width).contiguous())
 
 
 def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
@@ -196,7 +205,7 @@ def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
     """As `reference.quantize_static`."""
     rows = x.reshape(-1, x.shape[-1])
     q = torch.empty(rows.shape, dtype=torch.uint8)
-    affine, step = _affine(grid), _step(rows.shape[1])
+    affine, step = _affine(grid, rows.shape[1]), _step(rows.shape[1])
     for part, codes in zip(rows.split(step), q.split(step), strict=True):
         _quantize(part, affine, codes)
     return Codes(q, grid, None, None, x.shape, x.dtype)
@@ -225,6 +234,21 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
         blocks = zip(q.split(step), scale.split(step), offset.split(step), strict=True)
         y = _dynamic(blocks, q.shape[0], weight, bias, dtype)
     return y.reshape(*shape[:-1], -1)
+
+
+def multiply_gated(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """As `reference.multiply_gated`; GELU is computed inside the product."""
+    q, grid, _, _, shape, dtype = codes
+    if grid is None or weight.geometry.shape[0] % 2:
+        return geglu(multiply(codes, weight, bias))
+    _in_parts(weight, 2)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    parts = zip(weight.packed, weight.scale.chunk(2), weight.zeros.chunk(2), biases, ("none", "gelu"), strict=True)
+    value, gate = (
+        _product(q, grid.scale, grid.zero_point, packed, scale, zeros, half, _output(dtype), then)
+        for packed, scale, zeros, half, then in parts
+    )
+    return value.mul_(gate).to(dtype).reshape(*shape[:-1], -1)
 
 
 def _row_codes(rows: Tensor, inverse_balance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +300,7 @@ def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     width = g.output_size(x.shape[2], x.shape[3])[1]
     if width == 1 and g.stride[1] > 1:
         x = F.pad(x, (0, g.stride[1]))  # a single column comes out wrong (see `unsafe`): make two and drop one
-    q = _padded_codes(x, grid, g.padding, [_affine(grid)] * x.shape[0])
+    q = _padded_codes(x, grid, g.padding, [_affine(grid, x.shape[1])] * x.shape[0])
     return _convolve(q, weight, grid, bias, x.dtype)[..., :width]
 
 
@@ -290,13 +314,12 @@ def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: T
     channels, height, width = x.shape[1:]
     if g.output_size(height, width)[1] == 1 and g.stride[1] > 1:
         return conv2d_static(F.silu(norm(x)), weight, grid, bias)
-    affine = _affine(grid)
-    wide = affine.factor.expand(channels).contiguous(), (affine.zero_point + MAGIC).expand(channels).contiguous()
+    affine = _affine(grid, channels)
     if height * width < LARGE_IMAGE and x.is_contiguous(memory_format=torch.channels_last):
-        each = [_Activated(*wide, *of_image) for of_image in zip(*_gain_and_shift(x, norm), strict=True)]
+        each = [_Activated(affine, *of_image) for of_image in zip(*_gain_and_shift(x, norm), strict=True)]
         q = _padded_codes(x, grid, g.padding, each)
     else:
-        q = _padded_codes(norm(x), grid, g.padding, [_Activated(*wide)] * x.shape[0])
+        q = _padded_codes(norm(x), grid, g.padding, [_Activated(affine)] * x.shape[0])
     return _convolve(q, weight, grid, bias, x.dtype)
 
 
@@ -322,7 +345,7 @@ def _convolve(q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | Non
     _order_for(weight, q.shape)
     offset = weight.sums * (grid.scale * grid.zero_point)
     y = torch.ops.onednn.qconv2d_pointwise.tensor(
-        q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed, weight.scale, weight.zeros,
+        q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed[0], weight.scale, weight.zeros,
         -offset if bias is None else bias.float() - offset, list(g.stride), [0, 0], list(g.dilation), g.groups,
         1.0, 0, _output(dtype), "none", [], "",
     )  # fmt: skip
@@ -353,9 +376,17 @@ def _padded_codes(
 def _linear(
     q: Tensor, scale: Tensor, zero_point: Tensor, weight: Prepared, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    _in_parts(weight, 1)
+    return _product(q, scale, zero_point, weight.packed[0], weight.scale, weight.zeros, bias, dtype)
+
+
+def _product(
+    q: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, weight_scale: Tensor, zeros: Tensor,
+    bias: Tensor | None, dtype: torch.dtype, then: str = "none",
+) -> Tensor:  # fmt: skip
     return torch.ops.onednn.qlinear_pointwise.tensor(
-        q, scale, zero_point, weight.packed, weight.scale, weight.zeros, None if bias is None else bias.float(),
-        1.0, 0, dtype, "none", [], "",
+        q, scale, zero_point, packed, weight_scale, zeros, None if bias is None else bias.float(), 1.0, 0, dtype,
+        then, [], "none",
     )  # fmt: skip
 
 

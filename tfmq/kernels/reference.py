@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantizer import per_channel, quantize_affine, quantize_rows
-from .geometry import Codes, Geometry, StaticInput, code_sums
+from .geometry import Codes, Geometry, StaticInput, code_sums, geglu
 
 # A float32 holds every integer up to 2^24: 255 * 127 * 512 still fits, so chunks of 512 products add up exactly.
 EXACT_CHUNK = 512
@@ -81,6 +81,11 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
         assert codes.scale is not None and codes.offset is not None
         y = dynamic_epilogue(acc, weight, codes.scale, codes.offset, bias)
     return y.to(codes.dtype).reshape(*codes.shape[:-1], -1)
+
+
+def multiply_gated(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """`geglu` of `multiply`: [..., N / 2]."""
+    return geglu(multiply(codes, weight, bias))
 
 
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,8 @@ from .geometry import Geometry
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
 # Of GroupNorm and SiLU before it; only where a backend is faster with all three in one.
 CONV2D_STATIC_NORMED = "conv2d_static_normed"
+# GEGLU inside of the product; only where a backend has it.
+MULTIPLY_GATED = "multiply_gated"
 
 
 @dataclass(frozen=True)
