@@ -30,7 +30,7 @@ from tfmq.kernels.table import LINEAR_DYNAMIC, pick
 from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
 from tfmq.observe import ModelObserver
 from tfmq.packed_codes import PackedCodes
-from tfmq.rowwise import in_blocks, suits
+from tfmq.rowwise import gated_blocks, in_blocks, suits
 from tfmq.scheme import PRESETS
 from tfmq.solve import solve_layer
 from tfmq.temporal.tib import boundary_layers, find_tib
@@ -132,7 +132,9 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         for part in network.modules():
             inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]
             if isinstance(part, unet.FeedForward) and all(map(suits, inner)):
-                vars(part)["forward"] = partial(in_blocks, partial(_feed_forward, *part.net), width=part.width)
+                width, least = gated_blocks(part.width, inner[0])
+                run = partial(_feed_forward, *part.net)
+                vars(part)["forward"] = partial(in_blocks, run, width=width, least=least)
             if isinstance(part, unet.CrossAttention):
                 part.attention = _attention
     labels = [scheme.label for scheme in plan.layers.values()]

@@ -7,28 +7,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .scheme import NONE, Scheme
+from .scheme import NONE, STATIC, Scheme
 
 BLOCK = 1 << 21  # bytes of the widest tensor in between, per thread
-LEAST_ROWS = 512  # of a block: fewer would read the weights too often
+LEAST_ROWS = 1024  # of a block: with fewer, reading the weights and starting the threads takes the time
 
 
-def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, least: int | None = None) -> Tensor:
     """function(x), for x [..., K] and a function of whose result [..., N] each row depends on its own row of x alone.
 
     width: entries per row of the widest tensor in between. Outside of that function no such tensor is ever whole.
+    least: rows of a block, at least; LEAST_ROWS if nothing else is said.
     """
+    least = LEAST_ROWS if least is None else least
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    step = max(LEAST_ROWS, BLOCK * torch.get_num_threads() // (width * x.element_size()))
+    step = max(least, BLOCK * torch.get_num_threads() // (width * x.element_size()))
     if count < 2 * step:
         return function(x)
+    step = -(-count // (count // step))  # of equal length: a short one at the end would cost nearly as much as a long
     first = function(rows[:step])
     out = first.new_empty(count, first.shape[-1])
     out[:step] = first
     for start in range(step, count, step):
         out[start : start + step] = function(rows[start : start + step])
     return out.view(*x.shape[:-1], -1)
+
+
+def gated_blocks(width: int, scheme: Scheme) -> tuple[int, int]:
+    """`width` and `least` of a network that begins with a Linear of so many outputs and its GEGLU.
+
+    Where the layer is static the two are one product, and what lies behind it is half as wide.
+    """
+    return (width // 2, 2 * LEAST_ROWS) if scheme.activation == STATIC else (width, LEAST_ROWS)
 
 
 def suits(scheme: Scheme) -> bool:

@@ -16,28 +16,28 @@ def forwards(patcher):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Sizes of the blocks, which are of 3 rows here."""
-    sizes = []
+    """Which calls were for a part of the rows; blocks are of few rows here."""
+    parts = []
 
-    def watched(function, x, width):
+    def watched(function, x, width, least=None):
         def seen(rows):
-            sizes.append(rows.numel() // rows.shape[-1])
+            parts.append(rows.numel() < x.numel())
             return function(rows)
 
-        return in_blocks(seen, x, width)
+        return in_blocks(seen, x, width, least)
 
     in_blocks = rowwise.in_blocks
     monkeypatch.setattr(rowwise, "LEAST_ROWS", 3)
     monkeypatch.setattr(rowwise, "BLOCK", 1)
     monkeypatch.setattr(ours, "in_blocks", watched)
-    return sizes
+    return parts
 
 
 def test_blocks_change_nothing(quantized, blocks, monkeypatch):
     assert forwards(quantized)
     found = patchers.sample(quantized)
-    assert set(blocks) >= {3}
-    monkeypatch.setattr(ours, "in_blocks", lambda function, x, width: function(x))
+    assert any(blocks)
+    monkeypatch.setattr(ours, "in_blocks", lambda function, x, *_: function(x))
     assert torch.equal(found, patchers.sample(quantized))
 
 
@@ -57,7 +57,7 @@ def test_a_loaded_file_has_them(quantized, blocks, tmp_path):
         loaded = store.load(str(store.save(quantized, "tfmq/blocks")))
     assert forwards(loaded) == forwards(quantized)
     assert torch.equal(patchers.sample(loaded), patchers.sample(quantized))
-    assert set(blocks) >= {3}
+    assert any(blocks)
 
 
 def test_layers_that_decode_their_weight_at_every_call_run_whole(base):

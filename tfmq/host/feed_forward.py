@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..leaf import LeafCore
 from ..norm_chain import untouched
-from ..rowwise import in_blocks, suits
+from ..rowwise import gated_blocks, in_blocks, suits
 from ..scheme import Plan
 from .model import PREFIX
 
@@ -37,7 +37,9 @@ def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
     width = max(_outputs(layer) for layer in module.modules())
 
     def forward(x: Tensor) -> Tensor:
-        return in_blocks(_gated if _gates(module) else module.net, x, width)
+        if _gates(module):
+            return in_blocks(_gated, x, *gated_blocks(width, module.net[0].proj.scheme))
+        return in_blocks(module.net, x, width)
 
     def _gated(x: Tensor) -> Tensor:
         first, *rest = module.net

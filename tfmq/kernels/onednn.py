@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
-MIN_ROWS = 128  # of a block that is multiplied at once: fewer would read the weight too often
+MIN_ROWS = 1024  # of a block that is multiplied at once: with fewer, starting the threads takes the time
 # Pixels of an image in channels_last order from which on torch's own GroupNorm is as fast as anything here.
 LARGE_IMAGE = 1024
 PATIENCE = 3  # calls in a row with images of another shape before a weight is put in order for those
@@ -227,7 +227,8 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
     """As `reference.multiply`."""
     q, grid, scale, offset, shape, dtype = codes
     if grid is not None:
-        y = _linear(q, grid.scale, grid.zero_point, weight, bias, _output(dtype)).to(dtype)
+        zero = torch.zeros_like(grid.zero_point)
+        y = _linear(q, grid.scale, zero, weight, _offset(weight, grid, bias), _output(dtype)).to(dtype)
     else:
         assert scale is not None and offset is not None
         step = _dynamic_step(weight)  # the same blocks as when nothing is shared: the same sums
@@ -242,12 +243,11 @@ def multiply_gated(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tenso
     if grid is None or weight.geometry.shape[0] % 2:
         return geglu(multiply(codes, weight, bias))
     _in_parts(weight, 2)
-    biases = (None, None) if bias is None else bias.chunk(2)
-    parts = zip(weight.packed, weight.scale.chunk(2), weight.zeros.chunk(2), biases, ("none", "gelu"), strict=True)
-    value, gate = (
-        _product(q, grid.scale, grid.zero_point, packed, scale, zeros, half, _output(dtype), then)
-        for packed, scale, zeros, half, then in parts
+    zero, bias = torch.zeros_like(grid.zero_point), _offset(weight, grid, bias)
+    halves = zip(
+        weight.packed, weight.scale.chunk(2), weight.zeros.chunk(2), bias.chunk(2), ("none", "gelu"), strict=True
     )
+    value, gate = (_product(q, grid.scale, zero, *half[:4], _output(dtype), half[4]) for half in halves)
     return value.mul_(gate).to(dtype).reshape(*shape[:-1], -1)
 
 
@@ -259,7 +259,7 @@ def _row_codes(rows: Tensor, inverse_balance: Tensor | None, bits: int) -> tuple
         block.mul_(inverse_balance)
     low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
     scale = high.sub_(low).div_(2**bits - 1).clamp_min_(torch.finfo(torch.float32).tiny * 256)
-    block.sub_(low).div_(scale).add_(MAGIC)
+    block.sub_(low).mul_(scale.reciprocal()).add_(MAGIC)
     return block.view(torch.int32).to(torch.uint8), scale, low
 
 
@@ -293,8 +293,7 @@ def _dynamic(
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """As `reference.conv2d_static`; the result is in channels_last order.
 
-    The image is padded with the zero point while it is quantized, and what the zero point adds to every sum is taken
-    off with the bias: oneDNN's own zero points of a padded convolution cost it up to half as much again.
+    The image is padded with the zero point while it is quantized.
     """
     g = weight.geometry
     width = g.output_size(x.shape[2], x.shape[3])[1]
@@ -343,13 +342,21 @@ def _convolve(q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | Non
     """q: uint8 [B, C, H, W], padded -> [B, N, H', W']."""
     g = weight.geometry
     _order_for(weight, q.shape)
-    offset = weight.sums * (grid.scale * grid.zero_point)
     y = torch.ops.onednn.qconv2d_pointwise.tensor(
         q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed[0], weight.scale, weight.zeros,
-        -offset if bias is None else bias.float() - offset, list(g.stride), [0, 0], list(g.dilation), g.groups,
-        1.0, 0, _output(dtype), "none", [], "",
+        _offset(weight, grid, bias), list(g.stride), [0, 0], list(g.dilation), g.groups, 1.0, 0, _output(dtype),
+        "none", [], "",
     )  # fmt: skip
     return y.to(dtype)
+
+
+def _offset(weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
+    """The bias, less what the zero point adds to every sum, float32 [N].
+
+    oneDNN's own zero points cost a product up to a third of its time, a padded convolution up to half of it.
+    """
+    offset = weight.sums * (grid.scale * grid.zero_point)
+    return -offset if bias is None else bias.float() - offset
 
 
 def _padded_codes(
