@@ -23,7 +23,7 @@ a fifth or more (`guidance`). A convolution is always static: its inputs overlap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from .quantizer import affine_grid, bin_centers, histogram_error, search_range
 from .rotation import group_of
 from .scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
 
+Cost = float | Callable[[int], float]  # of a per-token layer; a function: of its input channels
+
 HEAVY_TAIL = 3.0
 ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a layer is rotated
 
@@ -47,7 +49,7 @@ def decide(
     calibration: Calibration,
     layers: Mapping[str, str],
     keep: Mapping[str, str],
-    dynamic_cost: float = 1.0,
+    dynamic_cost: Cost = 1.0,
     rotation_cost: float = 0.0,
 ) -> Plan:
     """Choose a scheme for every layer.
@@ -83,7 +85,7 @@ def scheme_of(
     recipe: Recipe,
     statistics: LayerStatistics,
     weight_bits: int,
-    dynamic_cost: float = 1.0,
+    dynamic_cost: Cost = 1.0,
     rotation_cost: float = 0.0,
 ) -> tuple[Scheme, str]:
     """Scheme of one layer at so many bits per weight, and the reason in a line."""
@@ -98,7 +100,8 @@ def scheme_of(
             note = f"; groups of {group}: {recipe.group} do not divide {statistics.shape[1]} input channels"
     if recipe.activation_bits == 16:
         return Scheme(weight_bits, 16, NONE, group=group), f"weight alone{note}"
-    activation, rotated, reason = _activation(recipe, statistics, weight_bits, dynamic_cost, rotation_cost)
+    time = dynamic_cost(statistics.shape[1]) if callable(dynamic_cost) else dynamic_cost
+    activation, rotated, reason = _activation(recipe, statistics, weight_bits, time, rotation_cost)
     seen = statistics.rotated if rotated and statistics.rotated is not None else statistics
     apart = activation == STATIC and recipe.branches_apart and seen.branches is not None
     apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from .calibration import Calibration
-from .decide import scheme_of
+from .decide import Cost, scheme_of
 from .errors import TfmqError
 from .grouped import group_for
 from .guidance import BRANCHES
@@ -25,7 +25,7 @@ def edited(
     text: str,
     calibration: Calibration,
     keep: Mapping[str, str],
-    dynamic_cost: float = 1.0,
+    dynamic_cost: Cost = 1.0,
     rotation_cost: float = 0.0,
 ) -> Plan:
     """`plan` with the layers that `text` names as it says; the others stay as they were decided.

@@ -12,6 +12,7 @@ from torch import Tensor
 from tfmq.calibration import Calibration
 from tfmq.decide import decide, dynamic_error, static_error, static_grid
 from tfmq.errors import TfmqError
+from tfmq.kernels.table import BACKENDS, NARROW
 from tfmq.observe import LayerStatistics
 from tfmq.quantizer import affine_grid, histogram_error, search_range
 from tfmq.scheme import DYNAMIC, NONE, PRESETS, STATIC, Recipe, Scheme
@@ -202,3 +203,17 @@ def test_nothing_to_quantize_is_an_error(kinds: dict[str, str], keep: dict[str, 
     with pytest.raises(TfmqError, match="W8A8 finds no layer") as error:
         decide(PRESETS["W8A8"], found, kinds, keep)
     assert "2 layers" in str(error.value)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(16, STATIC), (32, DYNAMIC)])
+def test_the_cost_may_depend_on_the_width(channels: int, expected: str) -> None:
+    static = static_error(statistics(channels=channels), "mse")
+    found = {"a": statistics(channels=channels, per_token=static**2 / 2)}
+    plan = decide(PRESETS["W8A8"], calibration(found), {"a": "linear"}, {}, lambda k: 3.0 if k <= 16 else 1.0)
+    assert plan.layers["a"].activation == expected
+
+
+def test_a_backend_says_what_a_narrow_layer_costs() -> None:
+    backend = replace(BACKENDS[-1], dynamic_cost=2.0, narrow_cost=2.5)
+    assert [backend.cost_per_token(k) for k in (1, NARROW, NARROW + 1)] == [2.5, 2.5, 2.0]
+    assert replace(backend, narrow_cost=0.0).cost_per_token(1) == 2.0

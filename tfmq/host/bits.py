@@ -19,7 +19,7 @@ from torch import nn
 
 from ..budget import Option, fewest_bytes, least_error
 from ..calibration import Calibration
-from ..decide import decide, scheme_of
+from ..decide import Cost, decide, scheme_of
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
 from ..grouped import GROUPS
@@ -46,7 +46,7 @@ def mixed_plan(
     recipe: Recipe,
     keep: Mapping[str, str],
     geometries: Mapping[str, Geometry],
-    costs: tuple[float, float],
+    costs: tuple[Cost, float],
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Bits per layer from {4, 8, 16} under `recipe.budget` bytes of file, or for `recipe.quality` dB of the prediction.
@@ -97,7 +97,7 @@ def mixed_plan(
 
 
 def _options(
-    calibration: Calibration, recipe: Recipe, eight: Plan, costs: tuple[float, float]
+    calibration: Calibration, recipe: Recipe, eight: Plan, costs: tuple[Cost, float]
 ) -> dict[str, dict[int, Scheme]]:
     """Path -> bits -> scheme. eight: the plan with 8 bits everywhere."""
     options: dict[str, dict[int, Scheme]] = {}

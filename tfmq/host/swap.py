@@ -100,7 +100,7 @@ def quantize(
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in modules.items()}
     device = patcher.load_device
     backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
-    costs = backend.dynamic_cost, backend.rotation_cost
+    costs = backend.cost_per_token, backend.rotation_cost
     plan = decide(recipe, calibration, kinds, keep, *costs)
     if recipe.mixed:
         plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, costs, progress)

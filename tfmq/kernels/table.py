@@ -18,13 +18,16 @@ CONV2D_STATIC_NORMED = "conv2d_static_normed"
 # GEGLU inside of the product; only where a backend has it.
 MULTIPLY_GATED = "multiply_gated"
 
+NARROW = 320  # input channels, with which the product takes little of a layer's time
+
 
 @dataclass(frozen=True)
 class Backend:
     """`module`: holds `prepare(codes, scale, geometry, sums)` and the operations by name.
 
     `refuse(operation, device, geometry)`: why it cannot run this, or None. `dynamic_cost`: time of a per-token Linear
-    over a static one, for the plan's choice between them. `rotation_cost`: time of a rotation of its input over
+    over a static one, for the plan's choice between them; `narrow_cost` of one of up to NARROW input channels, if that
+    is more. `rotation_cost`: time of a rotation of its input over
     a static Linear; 0 where it was not measured.
     """
 
@@ -33,6 +36,11 @@ class Backend:
     refuse: Callable[[str, torch.device, Geometry], str | None]
     dynamic_cost: float
     rotation_cost: float = 0.0
+    narrow_cost: float = 0.0
+
+    def cost_per_token(self, channels: int) -> float:
+        """The cost of a per-token Linear of so many input channels."""
+        return max(self.dynamic_cost, self.narrow_cost) if channels <= NARROW else self.dynamic_cost
 
 
 def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -71,9 +79,10 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
 
 # Measured dynamic costs: bench/dynamic_cost.py.
 BACKENDS = (
-    # On shapes of SD1.5 in bfloat16 a per-token layer took 1.4 to 1.9 times as long (2, since beside the error of
-    # integer convolutions that of a Linear does not show: docs/quantization.md), a rotation 0.22 to 0.33 of the time.
-    Backend("onednn", onednn, _onednn, 2.0, 0.3),
+    # On shapes of SD1.5 in bfloat16 a per-token layer took 1.2 to 1.7 times as long (2, since beside the error of
+    # integer convolutions that of a Linear does not show: docs/quantization.md), one of 320 input channels 2.1 to 2.5,
+    # a rotation 0.22 to 0.33 of the time.
+    Backend("onednn", onednn, _onednn, 2.0, 0.3, 2.4),
     # Not measured: a row is read once more, out of the cache.
     Backend("triton", triton_backend, _triton, 1.1),
     Backend("int_mm", int_mm, _int_mm, 1.2),
