@@ -27,12 +27,13 @@ from bench.speed_operations import operations
 from tfmq.report import atomic
 
 CACHE = Path(__file__).parent.parent / ".cache" / "speed"
-SECONDS = {"sd15": 120.0, "sdxl": 120.0}  # after which no further round begins
+SECONDS = 120.0  # after which no further round begins
 
 
 def measure(
-    model: str, names: list[str], device: torch.device, rounds: int, keep: Callable[[dict[str, Any]], None]
-) -> None:
+    model: str, names: list[str], device: torch.device, rounds: int, seconds: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
     """`keep` gets the result after every round: medians and ratios of one model; a contender that cannot run here is
     named in its `left_out`."""
     if OURS not in names:
@@ -53,7 +54,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
     for done in range(rounds):
-        if done and time.perf_counter() - started > SECONDS[model]:
+        if done and time.perf_counter() - started > seconds:
             break
         for name, contender in contenders.items():
             times[name].append(_time(contender, device))
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(unet.CONFIGS), default=list(unet.CONFIGS))
     parser.add_argument("--contenders", nargs="*", help="ours is always among them")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no further round begins")
     parser.add_argument("--operations", action="store_true", help="time single layers as well (CPU)")
     parser.add_argument("--end-to-end", action="store_true", help="time a real ComfyUI as well")
     arguments = parser.parse_args()
@@ -168,7 +170,7 @@ def main() -> None:
                 write()
 
             if arguments.rounds:
-                measure(model, names, device, arguments.rounds, keep)
+                measure(model, names, device, arguments.rounds, arguments.seconds, keep)
             found.setdefault(model, {})
             for name, ratio in found[model].get("ratio", {}).items():
                 print(f"{model:6s}{name:20s}{found[model]['median_s'][name]:8.3f} s {ratio:6.2f} x ours")
