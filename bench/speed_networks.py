@@ -131,7 +131,7 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
     if device.type == "cpu":
         for part in network.modules():
             inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]
-            if isinstance(part, unet.FeedForward) and all(map(suits, inner)):
+            if isinstance(part, unet.FeedForward) and len(inner) == 2 and all(map(suits, inner)):
                 width, least = gated_blocks(part.width, inner[0])
                 run = partial(_feed_forward, *part.net)
                 vars(part)["forward"] = partial(in_blocks, run, width=width, least=least)
@@ -153,7 +153,7 @@ def _feed_forward(first: Any, _dropout: nn.Module, second: nn.Module, x: Tensor)
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As tfmq.host.attention has it."""
     mask = None
-    padded = whole_vectors(q.shape[-2], k, v)
+    padded = whole_vectors(q, k, v)
     if padded is not None:
         k, v, mask = padded
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -105,12 +105,14 @@ class LeafCore(nn.Module):
         """
         if x.numel() == 0:
             return geglu(self._empty(x)) if gated else self._empty(x)
+        if gated and not self._gates(x.device, streamed):
+            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed))
         prepared = self._prepare(x.device, owner, codes, scale, streamed)
         module, weight = prepared[1].module, prepared[2]
-        if gated and self._gates(module) and not streamed:
-            return getattr(module, MULTIPLY_GATED)(self._quantize(x, weight, module), weight, bias).to(x.dtype)
         if gated:
-            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed))
+            if not torch.compiler.is_compiling():
+                self.clock.last_input.drop()
+            return getattr(module, MULTIPLY_GATED)(self._quantize(x, weight, module), weight, bias).to(x.dtype)
         if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
             made = self.clock.last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
             if made is not None:
@@ -128,10 +130,11 @@ class LeafCore(nn.Module):
         static = self.operation == CONV2D_STATIC and self.scheme.activation_bits == 8
         return static and hasattr(module, CONV2D_STATIC_NORMED)
 
-    def _gates(self, module: ModuleType) -> bool:
-        # What is unpacked at every call would be put in another order at every call.
-        static = self.operation == LINEAR_STATIC and self.scheme.branches == 1
-        return static and self.scheme.weight_bits == 8 and hasattr(module, MULTIPLY_GATED)
+    def _gates(self, device: torch.device, streamed: bool) -> bool:
+        # What is unpacked or copied at every call would be put in another order at every call.
+        if self.operation != LINEAR_STATIC or self.scheme.branches > 1 or self.scheme.weight_bits != 8 or streamed:
+            return False
+        return hasattr(pick(self.operation, device, self.geometry).module, MULTIPLY_GATED)
 
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is quantized of x, and what it still has to be multiplied by."""

@@ -37,7 +37,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, least
 def gated_blocks(width: int, scheme: Scheme) -> tuple[int, int]:
     """`width` and `least` of a network that begins with a Linear of so many outputs and its GEGLU.
 
-    Where the layer is static the two are one product, and what lies behind it is half as wide.
+    Where the layer is static a backend may compute the two as one, and what lies behind it is half as wide.
     """
     return (width // 2, 2 * LEAST_ROWS) if scheme.activation == STATIC else (width, LEAST_ROWS)
 

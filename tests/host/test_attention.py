@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 SHAPES = {
     "self": (2, 64, 64, 8, 5),
     "text": (2, 50, 77, 2, 16),
-    "text, padded": (2, 300, 77, 2, 16),
+    "text, padded": (2, 1030, 77, 2, 16),
     "one token": (1, 1, 1, 1, 4),
     "nine": (9, 3, 7, 3, 8),
 }
@@ -65,6 +65,17 @@ def test_every_argument_arrives():
     )  # fmt: skip
     torch.testing.assert_close(by_place.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(by_name.transpose(1, 2).flatten(2).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_apart_beside_a_query_with_heads_together(monkeypatch):
+    """What the host's functions take as well (WAN Animate): the last dimension but one is the heads."""
+    used = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _spy(F.scaled_dot_product_attention, used))
+    q, k, v, heads = tensors("text, padded", torch.float32)
+    apart = [x.unflatten(-1, (heads, -1)) for x in (k, v)]
+    got = attention.attention_sub_quad(q, *apart, heads, transformer_options=OPTIONS)
+    assert used == [None]
+    torch.testing.assert_close(got.double(), exact(q, k, v, heads), rtol=1e-5, atol=1e-5)
 
 
 def _spy(function, used):

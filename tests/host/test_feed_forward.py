@@ -1,5 +1,7 @@
 """The feed-forward networks of a quantized MODEL on a CPU compute in blocks, and the same."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,9 @@ from support import patchers
 ours = patchers.module("tfmq.host.feed_forward")
 rowwise = patchers.module("tfmq.rowwise")
 store = patchers.module("tfmq.host.store")
+onednn = patchers.module("tfmq.kernels.onednn")
+table = patchers.module("tfmq.kernels.table")
+geometry = patchers.module("tfmq.kernels.geometry")
 
 
 def forwards(patcher):
@@ -69,20 +74,53 @@ def test_layers_that_decode_their_weight_at_every_call_run_whole(base):
 def test_a_geglu_is_computed_with_its_layer(quantized, monkeypatch):
     """Near to what the two give one after the other, and not where somebody watches or changes either."""
     seen = []
-    inner = ours.LeafCore._gates
-    monkeypatch.setattr(ours.LeafCore, "_gates", lambda self, module: seen.append(self) or inner(self, module))
-    found = patchers.sample(quantized)
-    assert any(leaf.scheme.activation == "static" for leaf in seen)
+    inner = onednn.multiply_gated
+    monkeypatch.setattr(onednn, "multiply_gated", lambda *args: seen.append(1) or inner(*args))
     network = quantized.model.diffusion_model
-    gates = [module for module in network.modules() if type(module) is ours.GEGLU]
-    seen.clear()
-    hooks = [gate.register_forward_hook(lambda *_: None) for gate in gates]
-    apart = patchers.sample(quantized)
-    for hook in hooks:
-        hook.remove()
-    assert not seen
-    assert patchers.distance(found, apart) < 1e-3
+    found = patchers.sample(quantized)
+    feeds = [module for module in network.modules() if type(module) is ours.FeedForward]
+    first = next(leaf for path, leaf in patchers.leaves(quantized).items() if path.endswith("ff.net.0.proj"))
+    if table.pick(table.LINEAR_STATIC, torch.device("cpu"), first.geometry).name != "onednn":
+        pytest.skip("only oneDNN computes both in one")
+    assert seen
+    called = []
+    for watch in (lambda feed: feed.net, lambda feed: feed.net[0], lambda feed: feed.net[0].proj):
+        seen.clear()
+        called.clear()
+        hooks = [watch(feed).register_forward_hook(lambda *_: called.append(1)) for feed in feeds]
+        apart = patchers.sample(quantized)
+        for hook in hooks:
+            hook.remove()
+        assert called and not seen
+        assert patchers.distance(found, apart) < 1e-2  # a code that falls to the other side is seen again at every step
     monkeypatch.setattr(ours.GEGLU, "forward", lambda self, x: self.proj(x).chunk(2, dim=-1)[0])
     assert patchers.distance(patchers.sample(quantized), apart) > 1e-2 and not seen
     monkeypatch.undo()
     assert torch.equal(patchers.sample(quantized), found)
+
+
+def test_a_weight_in_two_parts_is_copied_saved_and_moved(quantized, tmp_path):
+    found = patchers.sample(quantized)
+    with patchers.files_in(tmp_path):
+        loaded = store.load(str(store.save(quantized, "tfmq/parts")))
+    assert torch.equal(patchers.sample(loaded), found)
+    for path, leaf in patchers.leaves(quantized).items():
+        if path.endswith("ff.net.0.proj"):
+            twin = copy.deepcopy(leaf)
+            assert torch.equal(twin.weight.dequantize(), leaf.weight.dequantize())
+    quantized.model.diffusion_model.to("cpu")
+    assert torch.equal(patchers.sample(quantized), found)
+
+
+def test_a_lora_on_the_layer_comes_before_its_gate(quantized):
+    """The leaf computes the gate of the sum, whatever it is made of."""
+    leaf = next(leaf for path, leaf in patchers.leaves(quantized).items() if path.endswith("ff.net.0.proj"))
+    x = torch.randn(1, 9, leaf.in_features)
+    with torch.inference_mode():
+        before = leaf(x)
+        leaf.hooked = torch.randn(leaf.out_features, leaf.in_features) / leaf.in_features**0.5
+        try:
+            torch.testing.assert_close(leaf(x, gated=True), geometry.geglu(leaf(x)))
+            assert float((leaf(x) - before).norm() / before.norm()) > 0.5
+        finally:
+            leaf.hooked = None

@@ -43,11 +43,10 @@ def test_ours_is_quantized_and_close(monkeypatch, tmp_path) -> None:
 
 def test_measure_names_what_it_left_out(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(unet.CONFIGS, "small", small())
-    monkeypatch.setitem(speed.SECONDS, "small", 60.0)
     monkeypatch.setattr(speed, "CACHE", tmp_path)
     with torch.inference_mode():
         results: list[dict] = []
-        speed.measure("small", ["fp32", "unheard_of"], torch.device("cpu"), 2, results.append)
+        speed.measure("small", ["fp32", "unheard_of"], torch.device("cpu"), 2, 60.0, results.append)
     found = results[-1]
     assert [r["rounds"] for r in results] == [1, 2]
     assert found["rounds"] == 2 and set(found["ratio"]) == {"fp32"}

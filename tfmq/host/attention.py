@@ -28,10 +28,14 @@ def faster_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwarg
     named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
     if q.device.type != "cpu" or named.get("mask") is not None or func.__name__ not in (*SLOWER, FASTER):
         return func(q, *args, **kwargs)
-    padded = whole_vectors(q.shape[-2], named["k"], named["v"])
-    if padded is not None:
-        named["k"], named["v"], named["mask"] = padded
-    return attention.attention_pytorch(q, **named)
+    run = func if func.__name__ == FASTER else attention.attention_pytorch
+    k, v = named["k"], named["v"]
+    # Without skip_reshape the host also takes k and v with their heads apart, whose last dimensions but one those are.
+    if q.dim() == k.dim() == v.dim() == (4 if named.get("skip_reshape") else 3):
+        padded = whole_vectors(q, k, v)
+        if padded is not None:
+            named["k"], named["v"], named["mask"] = padded
+    return run(q, **named)
 
 
 def attach(patcher: ModelPatcher) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import GEGLU, FeedForward
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from ..rowwise import gated_blocks, in_blocks, suits
 from ..scheme import Plan
 from .model import PREFIX
 
-AS_IMPORTED = GEGLU.forward
+# None where another pack replaced it before this one was imported.
+HOSTS_OWN = GEGLU.forward.__code__ if GEGLU.forward.__code__.co_filename == attention.__file__ else None
 
 
 def attach(patcher: ModelPatcher, plan: Plan) -> None:
@@ -53,11 +55,13 @@ def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
 
 def _gates(module: FeedForward) -> bool:
     """Whether the first layer of the network may compute what its GEGLU makes of it."""
+    if type(module.net) is not nn.Sequential or not untouched(module.net):
+        return False
     first = module.net[0]
     return (
         type(first) is GEGLU
         and isinstance(first.proj, LeafCore)
-        and GEGLU.forward is AS_IMPORTED
+        and GEGLU.forward.__code__ is HOSTS_OWN
         and untouched(first)
         and untouched(first.proj)
     )

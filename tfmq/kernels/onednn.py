@@ -1,7 +1,7 @@
 """CPU int8 through the oneDNN operations that torch ships (u8 activations, s8 weights, int32 accumulation).
 
-What surrounds the product is memory traffic, so it runs in blocks that stay in the cache, over one scratch buffer: a
-fresh allocation of some megabytes costs more in page faults than the arithmetic on it.
+What surrounds the product is memory traffic, so it runs in blocks of a few megabytes, over one scratch buffer: a fresh
+allocation of such a size costs more in page faults than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Scratch(threading.local):
     def take(self, rows: int, columns: int) -> Tensor:
         if self.buffer.numel() < rows * columns:
             with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
-                self.buffer = torch.empty(rows * columns)
+                self.buffer = torch.empty(rows * columns, dtype=torch.float32)
         return self.buffer[: rows * columns].view(rows, columns)
 
 
@@ -111,11 +111,14 @@ def restore(weight: Prepared) -> Tensor:
     return weight.packed[0].clone() if weight.image is None else weight.packed[0].to_dense()
 
 
-def _in_parts(weight: Prepared, count: int) -> None:
-    """A Linear's weight in so many parts of the output channels."""
-    if len(weight.packed) != count:
+def _in_parts(weight: Prepared, count: int) -> tuple[Tensor, ...]:
+    """A Linear's weight in so many parts of the output channels, in which it stays."""
+    packed = weight.packed
+    if len(packed) != count:
         parts = restore(weight).chunk(count)
-        weight.packed = tuple(torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
+        packed = tuple(torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
+        weight.packed = packed
+    return packed
 
 
 def _order_for(weight: Prepared, image: torch.Size) -> None:
@@ -166,7 +169,7 @@ class _Activated(NamedTuple):
 def _affine(grid: StaticInput, width: int) -> _Affine:
     """width: K."""
     factor = grid.scale.reciprocal() if grid.inverse_balance is None else grid.inverse_balance / grid.scale
-    return _Affine(factor.expand(width).contiguous(), (grid.zero_point + MAGIC).expand(width).contiguous())
+    return _Affine(factor.expand(width).contiguous(), (grid.zero_point.float() + MAGIC).expand(width).contiguous())
 
 
 def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
@@ -197,7 +200,7 @@ def linear_dynamic(
     step = _dynamic_step(weight)
     starts = range(0, rows.shape[0], step)
     # Each block is multiplied while its codes are in the cache.
-    blocks = (_row_codes(rows[start : start + step], inverse_balance, bits) for start in starts)
+    blocks = (_codes_of(rows[start : start + step], inverse_balance, bits) for start in starts)
     return _dynamic(blocks, rows.shape[0], weight, bias, x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -214,12 +217,7 @@ def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
 def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
     """As `reference.quantize_dynamic`; its scales and offsets are those of unsigned codes."""
     rows = x.reshape(-1, x.shape[-1])
-    q = torch.empty(rows.shape, dtype=torch.uint8)
-    scale, offset = torch.empty(2, rows.shape[0], 1)
-    step = _step(rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        here = slice(start, start + step)
-        q[here], scale[here], offset[here] = _row_codes(rows[here], inverse_balance, bits)
+    q, scale, offset = _codes_of(rows, inverse_balance, bits)
     return Codes(q, None, scale, offset, x.shape, x.dtype)
 
 
@@ -242,13 +240,26 @@ def multiply_gated(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tenso
     q, grid, _, _, shape, dtype = codes
     if grid is None or weight.geometry.shape[0] % 2:
         return geglu(multiply(codes, weight, bias))
-    _in_parts(weight, 2)
     zero, bias = torch.zeros_like(grid.zero_point), _offset(weight, grid, bias)
     halves = zip(
-        weight.packed, weight.scale.chunk(2), weight.zeros.chunk(2), bias.chunk(2), ("none", "gelu"), strict=True
+        _in_parts(weight, 2), weight.scale.chunk(2), weight.zeros.chunk(2), bias.chunk(2), ("none", "gelu"), strict=True
     )
     value, gate = (_product(q, grid.scale, zero, *half[:4], _output(dtype), half[4]) for half in halves)
     return value.mul_(gate).to(dtype).reshape(*shape[:-1], -1)
+
+
+def _codes_of(rows: Tensor, inverse_balance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_row_codes` of any number of rows, in blocks."""
+    count, width = rows.shape
+    step = 2 * _step(width)
+    if count <= step:
+        return _row_codes(rows, inverse_balance, bits)
+    q = torch.empty(rows.shape, dtype=torch.uint8)
+    scale, offset = torch.empty(2, count, 1, dtype=torch.float32)
+    for start in range(0, count, step):
+        here = slice(start, start + step)
+        q[here], scale[here], offset[here] = _row_codes(rows[here], inverse_balance, bits)
+    return q, scale, offset
 
 
 def _row_codes(rows: Tensor, inverse_balance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -383,8 +394,8 @@ def _padded_codes(
 def _linear(
     q: Tensor, scale: Tensor, zero_point: Tensor, weight: Prepared, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    _in_parts(weight, 1)
-    return _product(q, scale, zero_point, weight.packed[0], weight.scale, weight.zeros, bias, dtype)
+    (packed,) = _in_parts(weight, 1)
+    return _product(q, scale, zero_point, packed, weight.scale, weight.zeros, bias, dtype)
 
 
 def _product(
