@@ -8,7 +8,6 @@ import torch
 
 from support import patchers
 
-leaf = patchers.module("tfmq.leaf")
 last_input = patchers.module("tfmq.last_input")
 store = patchers.module("tfmq.host.store")
 
@@ -17,13 +16,16 @@ store = patchers.module("tfmq.host.store")
 def made(monkeypatch):
     """Leaf -> how often it made codes that others may use."""
     found = Counter()
-    quantize = leaf.LeafCore._quantize
+    codes = last_input.LastInput.codes
 
-    def counted(self, *args):
-        found[self] += 1
-        return quantize(self, *args)
+    def counted(self, own, x, backend, quantize):
+        def made():
+            found[own] += 1
+            return quantize()
 
-    monkeypatch.setattr(leaf.LeafCore, "_quantize", counted)
+        return codes(self, own, x, backend, made)
+
+    monkeypatch.setattr(last_input.LastInput, "codes", counted)
     return found
 
 

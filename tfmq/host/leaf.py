@@ -68,13 +68,12 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
             self, input=None, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
         )  # fmt: skip
-        integer = self.hooked is None and isinstance(weight, QuantizedTensor) and self.scheme.activation != NONE
-        alone = integer and not self.residuals  # nobody else needs the float input or output
-        if norm is not None and not alone:
+        together = (norm is not None or gated) and self._is_alone(weight)
+        if norm is not None and not together:
             x, norm = F.silu(norm(x)), None
         if self.hooked is not None:
             y = self.float_forward(x, self.hooked.to(x.device, x.dtype), bias)
-        elif alone and (norm is not None or gated):
+        elif together:
             y = self._in_integers(x, weight, bias, norm, gated)
         elif isinstance(weight, QuantizedTensor):
             y = self.integer_forward(x, weight, bias)
@@ -82,10 +81,15 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
             y = self.float_forward(x, weight.to(x.dtype), bias)
         for residual in self.residuals:
             y = y + self.residual_forward(x, residual)
-        if gated and not alone:
+        if gated and not together:
             y = geglu(y)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
+
+    def _is_alone(self, weight: Tensor) -> bool:
+        """Whether nobody but the integer kernel needs the float input or output."""
+        integer = self.hooked is None and isinstance(weight, QuantizedTensor) and self.scheme.activation != NONE
+        return integer and not self.residuals
 
     def _bring_tables(self, device: torch.device) -> None:
         """A leaf that is not loaded whole stays where it is, and the host streams parameters alone."""
