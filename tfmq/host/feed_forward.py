@@ -7,6 +7,7 @@ block. docs/speed.md has the times.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from comfy.ldm.modules import attention
@@ -20,8 +21,7 @@ from ..rowwise import gated_blocks, in_blocks, suits
 from ..scheme import Plan
 from .model import PREFIX
 
-# None where another pack replaced it before this one was imported.
-HOSTS_OWN = GEGLU.forward.__code__ if GEGLU.forward.__code__.co_filename == attention.__file__ else None
+AS_IMPORTED: Any = GEGLU.forward
 
 
 def attach(patcher: ModelPatcher, plan: Plan) -> None:
@@ -61,10 +61,16 @@ def _gates(module: FeedForward) -> bool:
     return (
         type(first) is GEGLU
         and isinstance(first.proj, LeafCore)
-        and GEGLU.forward.__code__ is HOSTS_OWN
+        and _hosts_own(GEGLU.forward)
         and untouched(first)
         and untouched(first.proj)
     )
+
+
+def _hosts_own(forward: Any) -> bool:
+    """Whether no other pack replaced this, before this pack was imported or since."""
+    code = getattr(forward, "__code__", None)
+    return forward is AS_IMPORTED and code is not None and code.co_filename == attention.__file__
 
 
 def _outputs(layer: nn.Module) -> int:
