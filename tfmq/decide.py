@@ -10,12 +10,13 @@ and the input has no heavy tail (largest magnitude over the 99.9th percentile at
 entries carry the layer, and other prompts bring larger ones than the calibration saw). Errors are relative L2, cost =
 time of a dynamic layer over a static one as the backend of this machine declares it.
 
-A Linear is rotated (`rotation`) where that lowers the squared error of its input, quantized as this rule says, or the
-sum of this and the weight's by a fifth or more, and does not raise the sum. In it the weight's counts
+A Linear is rotated (`rotation`) where that halves the squared error of its input, quantized as this rule says, or the
+sum of this and the weight's, and does not raise the sum. In it the weight's, as far as error feedback leaves it, counts
 `balance.WEIGHT_SHARE` times. The squared error of the rotated input is multiplied by the time of the layer with a
 rotation over that without one.
 
-Where the recipe leaves convolutions in float, these take most of the time, and neither cost is counted.
+Where the recipe leaves convolutions in float, these take most of the time, and neither cost is counted; there a fifth
+less error is enough for a rotation.
 
 A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
 a fifth or more (`guidance`). A convolution is always static: its inputs overlap, so that no scale per token exists.
@@ -41,7 +42,11 @@ from .scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Sc
 Cost = float | Callable[[int], float]  # of a per-token layer; a function: of its input channels
 
 HEAVY_TAIL = 3.0
-ROTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a layer is rotated
+# Ratio of squared errors below which a layer is rotated, beside float and beside integer convolutions, whose errors
+# drown what is between the two.
+ROTATION_WORTHWHILE, ROTATION_WORTH_TIME = 0.8, 0.5
+# Of the squared error of 8-bit weights rounded to nearest, what error feedback leaves: docs/quantization.md.
+AFTER_FEEDBACK = 1 / 7
 
 
 def decide(
@@ -174,8 +179,9 @@ def _activation(
     """Static or dynamic, whether rotated, and why."""
     if statistics.kind == "conv2d":
         return STATIC, False, "convolution"
+    worthwhile = ROTATION_WORTH_TIME
     if not recipe.convolutions:
-        dynamic_cost, rotation_cost = 1.0, 0.0
+        dynamic_cost, rotation_cost, worthwhile = 1.0, 0.0, ROTATION_WORTHWHILE
     choice, error, reason = _kind(recipe, statistics, dynamic_cost)
     if statistics.rotated is None:
         return choice, False, reason
@@ -184,10 +190,11 @@ def _activation(
     rotated_error *= 1 + rotation_cost / time
     weights = 0.0, 0.0
     if statistics.weight_error is not None:
+        share = WEIGHT_SHARE * AFTER_FEEDBACK if weight_bits == 8 else WEIGHT_SHARE
         plain, after = statistics.weight_error[:, 0 if weight_bits == 8 else 1].tolist()
-        weights = WEIGHT_SHARE * plain, WEIGHT_SHARE * after
+        weights = share * plain, share * after
     ratio = (rotated_error + weights[1]) / max(error + weights[0], 1e-30)
-    if ratio > 1 or min(ratio, rotated_error / max(error, 1e-30)) > ROTATION_WORTHWHILE:
+    if ratio > 1 or min(ratio, rotated_error / max(error, 1e-30)) > worthwhile:
         return choice, False, reason
     how = "" if statistics.permutations is None else f" with permutations ({len(statistics.permutations)})"
     return rotated_choice, True, f"{reason}; {rotated_choice} and rotated{how}: squared error x{ratio:.2f}"

