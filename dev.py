@@ -78,7 +78,7 @@ def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: lis
     command += ["--prompts", _existing(started_in, arguments.prompts) or str(PROMPTS)]
     if arguments.json:
         command += ["--json", str(started_in / arguments.json)]
-    return run(command + rest)
+    return run(command + rest, timed=True)
 
 
 def demo_checkpoint(python: str) -> str:
@@ -91,9 +91,9 @@ def demo_checkpoint(python: str) -> str:
     return answer.stdout.strip().splitlines()[-1]
 
 
-def run(command: list[str], **variables: str) -> int:
+def run(command: list[str], timed: bool = False, **variables: str) -> int:
     """Run to the end, with `variables` in its environment; it is not left behind when this process is told to end."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(**variables))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(timed, **variables))
     try:
         return process.wait()
     finally:

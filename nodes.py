@@ -219,9 +219,10 @@ class Quantize(io.ComfyNode):
                     "effort", options=list(ROUNDINGS), default=ROUNDINGS[0], optional=True,
                     tooltip=(
                         "How long, for 4-bit weights. nearest: seconds. fast: rounding that makes up for its own "
-                        "errors. balanced: and for those of the layers before, scales tuned block by block, minutes. "
-                        "best: rounding learnt block by block as well, hours. best+: balanced, then scales and time "
-                        "embedding fine-tuned against the float model's predictions, some minutes more."
+                        "errors. balanced: and for those of the layers before, scales tuned block by block; minutes "
+                        "for a small model, longer for yours. best: rounding learnt block by block as well, days on a "
+                        "CPU. best+: balanced (not best), then scales and time embedding fine-tuned against the float "
+                        "model's predictions."
                     ),
                 ),
                 io.Combo.Input(
@@ -236,7 +237,7 @@ class Quantize(io.ComfyNode):
                     "quality_db", default=35.0, min=0.0, max=120.0, step=1.0, round=0.01, advanced=True, optional=True,
                     tooltip=(
                         "For 'smallest at a quality': how far the error of the model's prediction must stay below the "
-                        "prediction, in dB; 10 more is a third of the error."
+                        "prediction, in dB; 10 more is a third of the error. Not the PSNR of pictures."
                     ),
                 ),
                 io.String.Input(
@@ -266,7 +267,10 @@ class Quantize(io.ComfyNode):
         )  # fmt: skip
         if recipe == UNDER_A_SIZE:
             if size_mb <= 0:
-                raise TfmqError(f"The recipe '{recipe}' needs a size: set size_mb to the MB that the file may have.")
+                raise TfmqError(
+                    f"The recipe '{recipe}' needs a size: set size_mb, an advanced input of TFMQ Quantize, to the MB "
+                    "that the file may have."
+                )
             wanted = replace(wanted, budget=int(size_mb * 1e6))
         elif recipe == AT_A_QUALITY:
             wanted = replace(wanted, quality=quality_db)
@@ -285,8 +289,8 @@ class Save(io.ComfyNode):
             display_name="TFMQ Save",
             category=CATEGORY,
             description=(
-                "Writes a quantized model as one .safetensors into ComfyUI's diffusion_models folder. LoRAs behind "
-                "TFMQ Quantize are not part of it."
+                "Writes a quantized model as one .safetensors into the first of ComfyUI's diffusion model folders "
+                "(models/unet by default). LoRAs behind TFMQ Quantize are not part of it."
             ),
             search_aliases=["save quantized", "export int8"],
             inputs=[
@@ -323,7 +327,9 @@ class Load(io.ComfyNode):
             search_aliases=["load quantized", "int8", "unet loader"],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=store.saved_models(), tooltip="A file in ComfyUI's diffusion_models folder."
+                    "model_name",
+                    options=store.saved_models(),
+                    tooltip="A file of TFMQ Save, in any of ComfyUI's diffusion model folders.",
                 )
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="summary")],
@@ -404,8 +410,8 @@ class TemporalCache(io.ComfyNode):
             display_name="TFMQ Temporal Cache",
             category=CATEGORY,
             description=(
-                "Answers the layers that only know when the network is passed (a third of Flux.1, SD3 and Qwen-Image) "
-                "from a small table instead of loading their weights. The pictures stay the same."
+                "Answers the layers that only know when the network is passed (28 to 34 % of Flux.1, SD3 and "
+                "Qwen-Image) from a small table instead of loading their weights. The pictures stay the same."
             ),
             search_aliases=["modulation", "adaln", "low vram", "timestep embedding", "cache"],
             inputs=[

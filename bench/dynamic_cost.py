@@ -1,4 +1,4 @@
-"""Time of a per-token Linear over a static one, per backend: what `kernels/table.py` declares as `dynamic_cost`.
+"""Time of a per-token Linear over a static one, per backend: what `kernels/table.py` declares in `costs`.
 
 `python dev.py bench dynamic_cost --json F`: Linear shapes of SD1.5 at 512 x 512, batch 2, the two kinds interleaved;
 prints the ratio of medians per shape and their geometric mean.

@@ -207,6 +207,7 @@ def resident_bytes(patcher: ModelPatcher) -> int:
     total = 0
     for module in modules:
         held = [*module._parameters.values(), *module._buffers.values()]
+        held += [tensor for tensor in vars(module).values() if isinstance(tensor, torch.Tensor)]
         held += [getattr(module, made, None) for made in ("_prepared", "_sums")]
         for tensor in tensors_in(held):
             place = id(tensor) if tensor.is_mkldnn else tensor.data_ptr()

@@ -18,21 +18,24 @@ from typing import Any
 import torch
 
 from bench import unet
+from bench.speed_networks import OURS
 from devkit import inprocess
 
 PROMPTS, STEPS, CFG = 2, 10, 7.0  # of the calibration; a picture has as many steps
 
 
 def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
-    """`picture_s`: one picture of STEPS steps, without and with quantization. `generations`: what calibration and
-    quantization take, over the time in which the float MODEL makes the pictures of the calibration's prompts (one is
-    timed). Raises FileNotFoundError where there is no ComfyUI."""
+    """`picture_s`: one picture of STEPS steps, without and with quantization, as the host computes on this device; on
+    CPUs with bfloat16 instructions also behind the node ModelComputeDtype (bf16), and `ratio_bf16` for those.
+    `generations`: what calibration and quantization take, over the time in which the float MODEL makes the pictures of
+    the calibration's prompts (one is timed). Raises FileNotFoundError where there is no ComfyUI."""
     inprocess.use_host(device.type)
     pack = inprocess.load_pack().__name__
     from bench.quality_kept import calibrations_in
 
     calibrate = sys.modules[f"{pack}.tfmq.host.calibrate"]
     swap = sys.modules[f"{pack}.tfmq.host.swap"]
+    narrow = device.type == "cpu" and sys.modules[f"{pack}.tfmq.host.precision"].fast_bfloat16()
     recipe = sys.modules[f"{pack}.tfmq.scheme"].PRESETS["W8A8"]
     config = unet.CONFIGS[model]
     patcher = _load(config, torch.bfloat16 if device.type == "cpu" else torch.float16)
@@ -46,8 +49,10 @@ def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
         short(model, 0, lambda *_: None)  # loads it, and packs the weights
         return _seconds(partial(run, model, 0, lambda *_: None))
 
-    float_seconds = picture(patcher)
-    print(model, f"float picture: {float_seconds:.1f} s", flush=True)
+    seconds = {"float": picture(patcher)}
+    if narrow:
+        seconds["bf16"] = picture(_in_bfloat16(patcher))
+    print(model, seconds, flush=True)
     with tempfile.TemporaryDirectory() as folder, calibrations_in(Path(folder)):
         settings = calibrate.Settings((), {})
         started = time.perf_counter()
@@ -58,16 +63,27 @@ def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
         ready = time.perf_counter()
     print(model, f"quantized in {ready - calibrated:.1f} s", flush=True)
     gc.collect()
-    our_seconds = picture(quantized)
+    seconds[OURS] = picture(quantized)
+    more = {}
+    if narrow:
+        seconds[f"{OURS}_bf16"] = picture(_in_bfloat16(quantized))
+        more["ratio_bf16"] = seconds["bf16"] / seconds[f"{OURS}_bf16"]
     return {
         "steps": STEPS,
         "prompts": PROMPTS,
-        "picture_s": {"float": float_seconds, "ours_w8a8": our_seconds},
-        "ratio": float_seconds / our_seconds,
+        "picture_s": seconds,
+        "ratio": seconds["float"] / seconds[OURS],
+        **more,
         "calibrate_s": calibrated - started,
         "quantize_s": ready - calibrated,
-        "generations": (ready - started) / (PROMPTS * float_seconds),
+        "generations": (ready - started) / (PROMPTS * seconds["float"]),
     }
+
+
+def _in_bfloat16(patcher: Any) -> Any:
+    clone = patcher.clone()
+    clone.set_model_compute_dtype(torch.bfloat16)
+    return clone
 
 
 def _load(config: unet.Config, dtype: torch.dtype) -> Any:

@@ -112,7 +112,7 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         write_calibration(file, calibration)
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in layers.items()}
     backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
-    plan = decide(PRESETS[recipe], calibration, kinds, keep, backend.cost_per_token, backend.rotation_cost)
+    plan = decide(PRESETS[recipe], calibration, kinds, keep, backend.costs)
     clock = Clock(axis, partition)
     for path, scheme in plan.layers.items():
         module = layers.pop(path)

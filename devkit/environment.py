@@ -3,8 +3,8 @@
 import os
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment, what every process of ours needs, and `more`."""
+def environment(timed: bool = False, **more: str) -> dict[str, str]:
+    """This process's environment, what every process of ours needs, and `more`. timed: threads as users have them."""
     # Threads that spin while they wait slow a shared machine down by an order of magnitude.
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
+    waiting = {} if timed else {"OMP_WAIT_POLICY": "PASSIVE"}
     return {**waiting, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **more}

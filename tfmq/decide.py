@@ -24,13 +24,14 @@ a fifth or more (`guidance`). A convolution is always static: its inputs overlap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .balance import WEIGHT_SHARE
 from .calibration import Calibration
+from .costs import FREE, Costs
 from .errors import TfmqError
 from .grouped import group_for
 from .guidance import BRANCHES
@@ -38,8 +39,6 @@ from .observe import LayerStatistics
 from .quantizer import affine_grid, bin_centers, histogram_error, search_range
 from .rotation import group_of
 from .scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
-
-Cost = float | Callable[[int], float]  # of a per-token layer; a function: of its input channels
 
 HEAVY_TAIL = 3.0
 # Ratio of squared errors below which a layer is rotated, beside float and beside integer convolutions, whose errors
@@ -54,13 +53,12 @@ def decide(
     calibration: Calibration,
     layers: Mapping[str, str],
     keep: Mapping[str, str],
-    dynamic_cost: Cost = 1.0,
-    rotation_cost: float = 0.0,
+    costs: Costs = FREE,
 ) -> Plan:
     """Choose a scheme for every layer.
 
     layers: path -> "linear" or "conv2d", all candidates in the model. keep: path -> why it must stay in float.
-    dynamic_cost, rotation_cost: of the backend in use (`kernels.table.Backend`).
+    costs: of the backend in use.
     Raises TfmqError if no layer at all can be quantized.
     """
     chosen: dict[str, Scheme] = {}
@@ -77,22 +75,16 @@ def decide(
         elif statistics.vector:
             left[path] = "one row per image: integers would save no time and cost precision everywhere"
         else:
-            chosen[path], reasons[path] = scheme_of(recipe, statistics, recipe.weight_bits, dynamic_cost, rotation_cost)
+            chosen[path], reasons[path] = scheme_of(recipe, statistics, recipe.weight_bits, costs)
     if not chosen:
         raise TfmqError(
             f"Recipe {recipe.name} finds no layer to quantize in this model: the calibration saw "
-            f"{len(calibration.layers)} layers and all of them must stay in float."
+            f"{len(calibration.layers)} layers and all of them must stay in float. Choose another recipe."
         )
     return Plan(recipe, chosen, reasons, left)
 
 
-def scheme_of(
-    recipe: Recipe,
-    statistics: LayerStatistics,
-    weight_bits: int,
-    dynamic_cost: Cost = 1.0,
-    rotation_cost: float = 0.0,
-) -> tuple[Scheme, str]:
+def scheme_of(recipe: Recipe, statistics: LayerStatistics, weight_bits: int, costs: Costs = FREE) -> tuple[Scheme, str]:
     """Scheme of one layer at so many bits per weight, and the reason in a line."""
     if recipe.weight_format != INT and statistics.kind == "linear" and (weight_bits, recipe.activation_bits) == (4, 16):
         return Scheme(4, 16, NONE, weight_format=recipe.weight_format), "weight alone"
@@ -105,8 +97,7 @@ def scheme_of(
             note = f"; groups of {group}: {recipe.group} do not divide {statistics.shape[1]} input channels"
     if recipe.activation_bits == 16:
         return Scheme(weight_bits, 16, NONE, group=group), f"weight alone{note}"
-    time = dynamic_cost(statistics.shape[1]) if callable(dynamic_cost) else dynamic_cost
-    activation, rotated, reason = _activation(recipe, statistics, weight_bits, time, rotation_cost)
+    activation, rotated, reason = _activation(recipe, statistics, weight_bits, costs)
     seen = statistics.rotated if rotated and statistics.rotated is not None else statistics
     apart = activation == STATIC and recipe.branches_apart and seen.branches is not None
     apart = apart and recipe.ranges not in (ONE_RANGE, TDQ)
@@ -173,21 +164,20 @@ def tail_ratio(statistics: LayerStatistics) -> float:
     return float(reach / centers[order][at].clamp_min(1e-30))
 
 
-def _activation(
-    recipe: Recipe, statistics: LayerStatistics, weight_bits: int, dynamic_cost: float, rotation_cost: float
-) -> tuple[str, bool, str]:
+def _activation(recipe: Recipe, statistics: LayerStatistics, weight_bits: int, costs: Costs) -> tuple[str, bool, str]:
     """Static or dynamic, whether rotated, and why."""
     if statistics.kind == "conv2d":
         return STATIC, False, "convolution"
     worthwhile = ROTATION_WORTH_TIME
     if not recipe.convolutions:
-        dynamic_cost, rotation_cost, worthwhile = 1.0, 0.0, ROTATION_WORTHWHILE
+        costs, worthwhile = FREE, ROTATION_WORTHWHILE
+    dynamic_cost = costs.per_token(statistics.shape[1])
     choice, error, reason = _kind(recipe, statistics, dynamic_cost)
     if statistics.rotated is None:
         return choice, False, reason
     rotated_choice, rotated_error, _ = _kind(recipe, statistics.rotated, dynamic_cost)
     time = dynamic_cost if rotated_choice == DYNAMIC else 1.0
-    rotated_error *= 1 + rotation_cost / time
+    rotated_error *= 1 + costs.rotation / time
     weights = 0.0, 0.0
     if statistics.weight_error is not None:
         share = WEIGHT_SHARE * AFTER_FEEDBACK if weight_bits == 8 else WEIGHT_SHARE

@@ -8,7 +8,8 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from .calibration import Calibration
-from .decide import Cost, scheme_of
+from .costs import FREE, Costs
+from .decide import scheme_of
 from .errors import TfmqError
 from .grouped import group_for
 from .guidance import BRANCHES
@@ -25,8 +26,7 @@ def edited(
     text: str,
     calibration: Calibration,
     keep: Mapping[str, str],
-    dynamic_cost: Cost = 1.0,
-    rotation_cost: float = 0.0,
+    costs: Costs = FREE,
 ) -> Plan:
     """`plan` with the layers that `text` names as it says; the others stay as they were decided.
 
@@ -59,7 +59,7 @@ def edited(
             recipe = replace(recipe, activation_bits=8)
         if isinstance(given.get("group"), int) and given["group"] > 0:
             recipe = replace(recipe, group=given["group"])
-        decided, reason = scheme_of(recipe, statistics, int(bits), dynamic_cost, rotation_cost)
+        decided, reason = scheme_of(recipe, statistics, int(bits), costs)
         scheme = _scheme(path, decided, given)
         _require_possible(path, scheme, statistics)
         if scheme != layers.get(path):

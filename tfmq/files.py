@@ -41,6 +41,7 @@ def write(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> N
         temporary = Path(name)
         header = {MANIFEST: json.dumps({"version": VERSION, **manifest})}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        temporary.chmod(0o666 & ~_umask())  # as any other file: mkstemp's are for their owner alone
         os.replace(temporary, path)
         temporary = None
     except (OSError, SafetensorError) as error:
@@ -51,6 +52,12 @@ def write(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> N
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    return mask
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class LayerObserver:
         if self.geometry is not None:
             self._keep(x, rows)
         if self.histogram is None:
-            self.square += rows.square().sum(0).double().cpu()
+            self.square += rows.square().sum(0).cpu().double()  # not every GPU has float64
             self.rows += rows.shape[0]
             return
         if self.balance is not None:
@@ -278,7 +278,7 @@ def _row_error(rows: Tensor) -> Tensor:
     """Squared error of per-token quantization of rows [M, K], and their energy: float64 [2]."""
     codes, scale, offset = quantize_rows(rows)
     error = (codes * scale + offset - rows).square().sum()
-    return torch.stack([error, rows.square().sum()]).double().cpu()
+    return torch.stack([error, rows.square().sum()]).cpu().double()
 
 
 @dataclass(eq=False)

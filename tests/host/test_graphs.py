@@ -114,7 +114,7 @@ def test_calibrate_quantize_sample_save_load(client: Client, case: Case):
     print(f"{case.name}: relative error {error:.4f}", {key: round(value, 1) for key, value in result.seconds.items()})
     assert 1e-4 < error < case.limit
     assert '"quantized_linear": 0' not in result.text("report")
-    assert "Linear and Conv2d layers compute in integers" in result.text("quantized")
+    assert "Linear and Conv2d layers are quantized" in result.text("quantized")
 
     again = start(case.model) | {
         "loaded": node("TFMQ_Load", model_name=name_in_folder(result.text("file"))),
@@ -313,7 +313,7 @@ def test_what_is_wrong_is_said_in_the_node(client: Client):
     assert failure.value.node_type == "TFMQ_Quantize"
     assert "\n" not in failure.value.message
     graph["quantized"] = quantize()
-    assert "compute in integers" in client.queue(graph).text("text")
+    assert "layers are quantized" in client.queue(graph).text("text")
     missing = {"loaded": node("TFMQ_Load", model_name="tfmq/none.safetensors"), "text": show("loaded", 1)}
     with pytest.raises(HostError, match=r"tfmq/none\.safetensors is not in ComfyUI's"):
         client.queue(missing)

@@ -247,6 +247,27 @@ def test_a_hooked_lora_on_one_branch_and_part_of_the_way(base, quantized, lora):
         assert torch.equal(patchers.sample(quantized, **options), plain)
 
 
+def test_a_strength_that_changes_stays_off_what_has_no_hook(quantized, lora, monkeypatch):
+    """The first of the two calls of each step has none."""
+    module, calls = patchers.module("tfmq.host.leaf"), []
+    for kind in (module.QuantLinear, module.QuantConv2d):
+        own = kind.float_forward
+        monkeypatch.setattr(kind, "float_forward", lambda leaf, *a, own=own: calls.append(leaf) or own(leaf, *a))
+    counts = []
+    for starts in ((), (0.0, 0.3, 0.6)):
+        calls.clear()
+        hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+        frames = comfy.hooks.HookKeyframeGroup()
+        for start in starts:
+            frames.add(comfy.hooks.HookKeyframe(strength=1.0 - start, start_percent=start))
+        if starts:
+            hooks.set_keyframes_on_hooks(frames)
+        negative = comfy.hooks.set_hooks_for_conditioning(patchers.conditioning(2), hooks)
+        patchers.sample(quantized, negative=negative, cfg=3.0, steps=4)
+        counts.append(len(calls))
+    assert counts[0] and counts[0] % 4 == 0 and counts == counts[:1] * 2
+
+
 def test_a_hooked_lora_beside_one_that_is_loaded(quantized, shapes, lora):
     with_lora = loras.apply(quantized, loras.kohya(shapes, seed=4), 0.6)
     plain, before = patchers.sample(with_lora), codes(with_lora)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,23 @@ from support import patchers
 import comfy.memory_management  # isort: skip
 import comfy.model_management  # isort: skip
 import comfy.ops  # isort: skip
+import comfy.sd  # isort: skip
+import comfy.utils  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
+fingerprint = patchers.module("tfmq.host.model").fingerprint
+TfmqError = patchers.module("tfmq.errors").TfmqError
 pytestmark = pytest.mark.usefixtures("folder")
+
+
+@pytest.fixture
+def saved_by_the_host(tmp_path):
+    def save(patcher):
+        with torch.inference_mode():
+            comfy.sd.save_checkpoint(str(tmp_path / "model.safetensors"), patcher)
+        return tmp_path / "model.safetensors"
+
+    return save
 
 
 def linear_and_conv(patcher):
@@ -51,10 +66,10 @@ def test_the_patcher_is_new_to_the_host_and_has_its_true_size(base, quantized):
         assert quantized.model.get_submodule(f"diffusion_model.{path}") is leaf
         assert leaf.comfy_patched_weights is True, path
     loaded = comfy.model_management.module_size(quantized.model)
-    buffers = sum(b.nbytes for leaf in patchers.leaves(quantized).values() for b in leaf.buffers())
+    tables = sum(t.nbytes for leaf in patchers.leaves(quantized).values() for t in leaf._tables().values())
     assert quantized.model_size() == pytest.approx(loaded, rel=0.01)
     assert quantized.model_size() < 0.5 * base.model_size()
-    assert buffers < 0.01 * loaded
+    assert 0 < tables < 0.01 * loaded
     assert quantized.clone().model_size() == quantized.model_size()
 
 
@@ -184,8 +199,34 @@ def test_the_tables_follow_the_input(quantized):
         leaf = copy.deepcopy(patchers.leaves(quantized)[path])
         reading = leaf.reading
         leaf._bring_tables(torch.device("meta"))
-        tables = [table for table in leaf._buffers.values() if table is not None]
+        tables = leaf._tables().values()
         assert tables and all(table.device.type == "meta" for table in tables) and leaf.reading == reading
+
+
+def test_what_dynamic_loading_puts_back_by_its_path_meets_no_leaf(base, quantized):
+    """It notes all buffers of the network that it loads, and registers them again when other modules stand there."""
+    expected = patchers.sample(quantized)
+    noted = dict(quantized.model.named_buffers())
+    assert not any(key.startswith(f"diffusion_model.{path}.") for path in patchers.leaves(quantized) for key in noted)
+    patchers.weights(base)  # unloads: the float layers are there again
+    before = fingerprint(base)
+    for key, buffer in noted.items():
+        comfy.utils.set_attr_buffer(base.model, key, buffer)
+    assert fingerprint(base) == before
+    assert torch.equal(patchers.sample(quantized), expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
+    layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
+    found = patchers.module("tfmq.host.swap").too_small(SimpleNamespace(is_dynamic=lambda: dynamic), layers)
+    assert list(found) == (["small"] if dynamic else [])
+
+
+def test_the_hosts_own_saving_says_what_to_use(base, quantized, saved_by_the_host):
+    with pytest.raises(TfmqError, match="TFMQ Save"):
+        saved_by_the_host(quantized)
+    assert saved_by_the_host(base).is_file()
 
 
 def test_partial_unloading_gives_the_same_picture(quantized, monkeypatch):

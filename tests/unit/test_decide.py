@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.calibration import Calibration
+from tfmq.costs import NARROW, Costs
 from tfmq.decide import decide, dynamic_error, static_error, static_grid
 from tfmq.errors import TfmqError
-from tfmq.kernels.table import BACKENDS, NARROW
 from tfmq.observe import LayerStatistics
 from tfmq.quantizer import affine_grid, histogram_error, search_range
 from tfmq.scheme import DYNAMIC, NONE, PRESETS, STATIC, Recipe, Scheme
@@ -93,7 +93,7 @@ def test_a_range_per_token_costs_nothing_beside_convolutions_in_float() -> None:
     static = static_error(statistics(), "mse")
     found = {"a": statistics(per_token=static**2 / 1.5)}
     for recipe, expected in (("W8A8", STATIC), ("W8A8 Linear only", DYNAMIC)):
-        plan = decide(PRESETS[recipe], calibration(found), {"a": "linear"}, {}, 2.0)
+        plan = decide(PRESETS[recipe], calibration(found), {"a": "linear"}, {}, Costs(2.0))
         assert plan.layers["a"].activation == expected
 
 
@@ -114,7 +114,8 @@ def test_a_rotation_must_be_worth_its_time(
     recipe = Recipe("r", activations=DYNAMIC, convolutions=convolutions)
     found = statistics(channels=32)
     found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([ratio, 1.0])))
-    scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, dynamic_cost, rotation_cost).layers["a"]
+    costs = Costs(dynamic_cost, rotation_cost)
+    scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, costs).layers["a"]
     assert scheme.rotation == (32 if rotated else 0)
 
 
@@ -136,7 +137,7 @@ def test_static_is_chosen_up_to_the_cost_of_dynamic(cost: float) -> None:
     for share, expected in ((0.999, DYNAMIC), (1.001, STATIC)):
         # error(static)^2 <= error(dynamic)^2 * cost turns at error(dynamic)^2 = static^2 / cost
         found = statistics(per_token=static**2 / cost * share**2)
-        plan = decide(PRESETS["W8A8"], calibration({"a": found}), {"a": "linear"}, {}, cost)
+        plan = decide(PRESETS["W8A8"], calibration({"a": found}), {"a": "linear"}, {}, Costs(cost))
         assert plan.layers["a"].activation == expected
         assert f"{static:.2e}" in plan.reasons["a"] and f"{cost:.2f}" in plan.reasons["a"]
 
@@ -220,15 +221,15 @@ def test_nothing_to_quantize_is_an_error(kinds: dict[str, str], keep: dict[str, 
     assert "2 layers" in str(error.value)
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(16, STATIC), (32, DYNAMIC)])
+@pytest.mark.parametrize(("channels", "expected"), [(NARROW, STATIC), (NARROW + 32, DYNAMIC)])
 def test_the_cost_may_depend_on_the_width(channels: int, expected: str) -> None:
     static = static_error(statistics(channels=channels), "mse")
     found = {"a": statistics(channels=channels, per_token=static**2 / 2)}
-    plan = decide(PRESETS["W8A8"], calibration(found), {"a": "linear"}, {}, lambda k: 3.0 if k <= 16 else 1.0)
+    plan = decide(PRESETS["W8A8"], calibration(found), {"a": "linear"}, {}, Costs(1.0, narrow=3.0))
     assert plan.layers["a"].activation == expected
 
 
-def test_a_backend_says_what_a_narrow_layer_costs() -> None:
-    backend = replace(BACKENDS[-1], dynamic_cost=2.0, narrow_cost=2.5)
-    assert [backend.cost_per_token(k) for k in (1, NARROW, NARROW + 1)] == [2.5, 2.5, 2.0]
-    assert replace(backend, narrow_cost=0.0).cost_per_token(1) == 2.0
+def test_what_a_narrow_layer_costs() -> None:
+    costs = Costs(2.0, narrow=2.5)
+    assert [costs.per_token(k) for k in (1, NARROW, NARROW + 1)] == [2.5, 2.5, 2.0]
+    assert Costs(2.0).per_token(1) == Costs(2.0, narrow=1.5).per_token(1) == 2.0

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,13 @@ def test_an_interrupted_write_cleans_up(
     with pytest.raises(interrupt):
         write(path, {"a": torch.zeros(3)}, {"kind": MODEL})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_file_may_be_read_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "model"})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..budget import Option, fewest_bytes, least_error
 from ..calibration import Calibration
-from ..decide import Cost, decide, scheme_of
+from ..costs import Costs
+from ..decide import decide, scheme_of
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
 from ..grouped import GROUPS
@@ -46,19 +47,19 @@ def mixed_plan(
     recipe: Recipe,
     keep: Mapping[str, str],
     geometries: Mapping[str, Geometry],
-    costs: tuple[Cost, float],
+    costs: Costs,
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Bits per layer from {4, 8, 16} under `recipe.budget` bytes of file, or for `recipe.quality` dB of the prediction.
 
     Where 4 bits in the recipe's groups are too large for the budget, larger groups are taken; the plan's recipe says
-    which. keep: path -> why it must stay in float. costs: of a per-token layer and of a rotation on this machine.
+    which. keep: path -> why it must stay in float. costs: of the backend in use.
     progress: (done, total).
     Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
     """
     network = patcher.model.diffusion_model
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
-    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, *costs)
+    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, costs)
     total = 2 * sum(p.numel() for p in network.parameters())
     rest = total - sum(2 * math.prod(calibration.layers[path].shape) for path in eight.layers)
     for group in (recipe.group, *(g for g in GROUPS if g > recipe.group)):
@@ -96,13 +97,11 @@ def mixed_plan(
     return Plan(recipe, layers, reasons, left)
 
 
-def _options(
-    calibration: Calibration, recipe: Recipe, eight: Plan, costs: tuple[Cost, float]
-) -> dict[str, dict[int, Scheme]]:
+def _options(calibration: Calibration, recipe: Recipe, eight: Plan, costs: Costs) -> dict[str, dict[int, Scheme]]:
     """Path -> bits -> scheme. eight: the plan with 8 bits everywhere."""
     options: dict[str, dict[int, Scheme]] = {}
     for path, scheme in eight.layers.items():
-        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, *costs)
+        four, _ = scheme_of(replace(recipe, weight_bits=4), calibration.layers[path], 4, costs)
         options[path] = {8: scheme} if four.weight_bits != 4 else {8: scheme, 4: four}
     return options
 
@@ -147,7 +146,12 @@ def _measure(
             "again, without ControlNet."
         )
     network = patcher.model.diffusion_model
-    weights = {path: float_weight(patcher, f"{PREFIX}{path}.weight") for path in options}
+    # Once the model is loaded, its own weights hold the patches already.
+    patched = {
+        path: float_weight(patcher, key).cpu()
+        for path in options
+        if (key := f"{PREFIX}{path}.weight") in patcher.patches
+    }
     clone = patcher.clone()
     clock = Clock(calibration.axis, calibration.partition)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_clock", ClockWrapper(clock))
@@ -159,21 +163,23 @@ def _measure(
     total, done = sum(len(schemes) for schemes in options.values()), 0
     try:
         reference = [replay(batch).float() for batch in batches]
-        energy = sum(float(r.double().square().sum()) for r in reference)
+        energy = sum(float(r.cpu().double().square().sum()) for r in reference)
         for path, schemes in options.items():
             module = network.get_submodule(path)
             parent, _, name = path.rpartition(".")
             holder, bias = network.get_submodule(parent), module.bias
-            out[path] = [Option(FLOAT, 2 * weights[path].numel(), 0.0)]
+            weight = patched[path] if path in patched else module.weight.detach()
+            weight = weight.to(clone.load_device)
+            out[path] = [Option(FLOAT, 2 * weight.numel(), 0.0)]
             for bits, scheme in schemes.items():
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                state = solve_layer(scheme, calibration.layers[path], weights[path], recipe.ranges)
+                state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
                 kept = None if bias is None else bias.detach()
                 leaf = make_leaf(module, state, geometries[path], clock, kept, module.weight.dtype)
                 try:
                     setattr(holder, name, leaf.to(clone.load_device))
                     error = sum(
-                        float((replay(batch).float() - r).double().square().sum())
+                        float((replay(batch).float() - r).cpu().double().square().sum())
                         for batch, r in zip(batches, reference, strict=True)
                     )
                 finally:

@@ -28,6 +28,7 @@ from ..temporal.sampling_times import TRAJECTORY
 from ..timeline import Clock, Partition
 from ..words import counted
 from .clock import branches, sample_sigmas, timesteps
+from .digest import update_digest
 from .look import StepChoice
 from .model import (
     candidates,
@@ -35,8 +36,8 @@ from .model import (
     kept_in_float,
     require_float_model,
     sampling_kind,
+    sampling_values,
     time_axis,
-    update_digest,
 )
 
 FOLDER = "tfmq_calibrations"
@@ -84,7 +85,7 @@ def calibrate(
     model = fingerprint(patcher)
     partition = Partition.uniform(intervals)
     digest = hashlib.sha256(f"{VERSION} {model} {intervals} {prompts} {look} {sampling_kind(patcher)}".encode())
-    update_digest(digest, settings.identity)
+    update_digest(digest, (settings.identity, sampling_values(patcher), patcher.model_options))
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{digest.hexdigest()[:24]}.safetensors"
     if path.exists():
         try:
@@ -124,7 +125,7 @@ def calibrate(
     if not layers:
         raise TfmqError(
             "The calibration saw no Linear or Conv2d layer run: this model computes with layers that TFMQ does not "
-            "know."
+            "know, so use it without TFMQ."
         )
     about = settings.text if look == TRAJECTORY else {**settings.text, "steps looked at": look}
     result = Calibration(model, sampling_kind(patcher), clock.axis, partition, layers, about, collector.samples())

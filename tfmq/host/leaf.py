@@ -49,6 +49,15 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         super().__init__(state, geometry, clock)
         self._hold(quantized_tensor(state, dtype), bias)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """A plain attribute. Dynamic loading notes every buffer by its path and registers it there again later, on
+        whatever module stands there by then: the float layer, or the leaf of another MODEL."""
+        setattr(self, name, tensor)
+
+    def _tables(self) -> dict[str, Tensor]:
+        found = {name: vars(self).get(name) for name in TABLES}
+        return {name: table for name, table in found.items() if table is not None}
+
     def _hold(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
         """What the host finds and expects on a leaf."""
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -93,10 +102,9 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
 
     def _bring_tables(self, device: torch.device) -> None:
         """A leaf that is not loaded whole stays where it is, and the host streams parameters alone."""
-        for name in TABLES:
-            table = self._buffers.get(name)
-            if table is not None and table.device != device:
-                self._buffers[name] = table.to(device)  # not by attribute: it is the same table
+        for name, table in self._tables().items():
+            if table.device != device:
+                self.__dict__[name] = table.to(device)  # not by attribute: it is the same table
 
     @property
     def weight_function(self) -> list[Any]:
@@ -198,11 +206,10 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
                 if off_gpu and not moved._qdata.is_contiguous():  # in its kernel's order; the host streams plain ones
                     moved._qdata = moved._qdata.contiguous()
                 self.register_parameter(name, nn.Parameter(moved, requires_grad=False))
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                # A cast of the model must not touch the tables: the kernels want them as they are.
-                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        for name, table in self._tables().items():
+            moved = fn(table)
+            # A cast of the model must not touch the tables: the kernels want them as they are.
+            self.__dict__[name] = moved if moved.dtype == table.dtype else table.to(moved.device)
         self.residuals = tuple(r.to(self.weight.device) for r in self.residuals)
         return self
 

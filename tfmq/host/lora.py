@@ -39,6 +39,12 @@ def unhook(patcher: ModelPatcher, hooks: Any = None) -> None:
             module.hooked = None
 
 
+def unhook_behind_keyframes(patcher: ModelPatcher, *_: Any) -> None:
+    """ON_PREPARE_STATE callback: at a keyframe that changes a strength the host takes its hooks off without a word."""
+    if patcher.hook_patches:
+        unhook(patcher, patcher.current_hooks)
+
+
 def _residuals(patches: list[tuple], leaf: _HostLeaf, key: str) -> list[Residual]:
     if not patches:
         return []

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..errors import TfmqError
 from ..temporal.tib import boundary_layers, find_tib
 from ..timeline import TimeAxis
+from .digest import SAMPLES, update_digest
 
 PREFIX = "diffusion_model."
 ATTACHMENT = "tfmq"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED = "torch.compile"  # under which the host's own node hangs its wrapper
-SAMPLES = 64  # entries of each tensor that enter a fingerprint
 
 
 def require_float_model(patcher: Any) -> nn.Module:
@@ -115,6 +115,13 @@ def sampling_kind(patcher: ModelPatcher) -> str:
     return "+".join(sorted(names))
 
 
+def sampling_values(patcher: ModelPatcher) -> dict[str, Any]:
+    """The numbers of its noise schedule, shift and all."""
+    sampling = patcher.get_model_object("model_sampling")
+    plain = {name: value for name, value in vars(sampling).items() if isinstance(value, (int, float, str))}
+    return {**plain, **dict(sampling.named_buffers())}
+
+
 def float_weight(patcher: ModelPatcher, key: str, count: int | None = None) -> Tensor:
     """A parameter with the patcher's patches merged (the first `count` of them), on the load device of the model.
 
@@ -140,30 +147,6 @@ def fingerprint(patcher: ModelPatcher) -> str:
             digest.update(f"{key}{strength}{strength_model}{offset}".encode())
             update_digest(digest, value, SAMPLES)
     return digest.hexdigest()
-
-
-def update_digest(digest: Any, value: Any, samples: int | None = None) -> None:
-    """Hash tensors by content (all of it, or `samples` entries spread over it), containers by theirs."""
-    if isinstance(value, Tensor):
-        flat = value.detach().reshape(-1)
-        if samples is not None and flat.numel() > samples:
-            flat = flat[:: flat.numel() // samples]
-        digest.update(f"{tuple(value.shape)}".encode())
-        digest.update(flat.double().cpu().numpy().tobytes())
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            update_digest(digest, value[key], samples)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            update_digest(digest, item, samples)
-    elif isinstance(value, (str, int, float, bool, type(None))):
-        digest.update(repr(value).encode())
-    elif hasattr(value, "weights"):  # a weight adapter
-        digest.update(type(value).__name__.encode())
-        update_digest(digest, value.weights, samples)
-    else:
-        digest.update(type(value).__qualname__.encode())
 
 
 def _attribute(root: nn.Module, key: str) -> Any:

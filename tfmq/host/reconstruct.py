@@ -36,7 +36,8 @@ from ..solve import as_multiplied, as_multiplying
 from ..temporal.tdq import over_time
 from ..temporal.tib import find_tib
 from .calibrate import FOLDER
-from .model import PREFIX, candidates, float_weight, release, update_digest
+from .digest import update_digest
+from .model import PREFIX, candidates, float_weight, release
 from .temporal_quant import FLOAT
 
 Progress = Callable[[int, int, float], None]
@@ -69,11 +70,14 @@ def run(
 
     # Once the model is loaded, its own weights hold the patches already.
     patched = {
-        path: float_weight(patcher, key) for path in layers if (key := f"{PREFIX}{path}.weight") in patcher.patches
+        path: float_weight(patcher, key).cpu()
+        for path in layers
+        if (key := f"{PREFIX}{path}.weight") in patcher.patches
     }
 
     def weight(path: str) -> Tensor:
-        found = patched[path] if path in patched else float_weight(patcher, f"{PREFIX}{path}.weight")
+        found = patched.get(path)
+        found = float_weight(patcher, f"{PREFIX}{path}.weight") if found is None else found.to(device)
         if not bool(torch.isfinite(found).all()):
             raise TfmqError(
                 f"Layer {path} cannot be quantized: the weight holds NaN or infinite values; load an intact copy of "
@@ -218,11 +222,11 @@ def _folder(calibration: Calibration, plan: Plan, preset: str, dtype: torch.dtyp
 def _without_samples(samples: Samples | None) -> str:
     if samples is None:
         return (
-            "This calibration was made by an older TFMQ and holds no samples, which rounding by reconstruction needs: "
-            "run TFMQ Calibrate again, or set rounding to nearest."
+            "This calibration was made by an older TFMQ and holds no samples, which an effort above nearest needs: run "
+            "TFMQ Calibrate again, or set effort to nearest."
         )
     reasons = ", ".join(f"{reason} ({count} calls)" for reason, count in samples.skipped.items()) or "no call was seen"
     return (
-        f"This calibration holds no samples, which rounding by reconstruction needs: {reasons}. Calibrate without "
-        "that, or set rounding to nearest."
+        f"This calibration holds no samples, which an effort above nearest needs: {reasons}. Calibrate without that, "
+        "or set effort to nearest."
     )

@@ -104,11 +104,27 @@ def save(
         "bytes": [quantized.bytes_before, after],
         "temporal": temporal,
         "deaf": list(quantized.deaf),
+        "config": _plain_config(patcher),
     }
     if table is not None:
         manifest[temporal_table.MANIFEST] = table.manifest()
     write(path, tensors, manifest)
     return path
+
+
+def _plain_config(patcher: ModelPatcher) -> dict[str, Any]:
+    """Of a transformer: what the host may have read from the header of its file and cannot tell by the weights."""
+    config = patcher.model.model_config.unet_config
+    kinds = str, int, float, bool, list, tuple, type(None)
+    found = {k: v for k, v in config.items() if isinstance(v, kinds) and k not in ("image_model", "model_type")}
+    return found if "image_model" in config else {}
+
+
+def _header(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str] | None:
+    """The header with which the host arrives at `config`, of which it finds the most by itself."""
+    found = comfy.model_detection.detect_unet_config(tensors, "") or {}
+    unknown = {k: v for k, v in config.items() if k not in found or json.loads(json.dumps(found[k], default=str)) != v}
+    return {"config": json.dumps({"transformer": unknown})} if unknown else None
 
 
 def _leaf(patcher: ModelPatcher, layer: str) -> Any:
@@ -181,7 +197,8 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         plan = replace(plan, left={layer: why if layer in table.layers else left for layer, left in plan.left.items()})
     layers = {*plan.layers, *temporal, *(() if table is None else table.layers)}
     nf4.require_for(plan, comfy.model_management.get_torch_device())
-    patcher = _build(file, tensors | stands_for, layers, disable_dynamic)
+    tensors |= stands_for
+    patcher = _build(file, tensors, layers, _header(manifest.get("config", {}), tensors), disable_dynamic)
     network = patcher.model.diffusion_model
     geometries: dict[str, Geometry] = {}
     for layer, scheme in plan.layers.items():
@@ -223,9 +240,12 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     return patcher
 
 
-def _build(file: Path, tensors: dict[str, Tensor], layers: set[str], disable_dynamic: bool) -> ModelPatcher:
-    """The host's own model with its float parameters in place and placeholders for `layers`."""
-    config = comfy.model_detection.model_config_from_unet(tensors, "")
+def _build(
+    file: Path, tensors: dict[str, Tensor], layers: set[str], header: dict[str, str] | None, disable_dynamic: bool
+) -> ModelPatcher:
+    """The host's own model with its float parameters in place and placeholders for `layers`. header: what it wants to
+    know of the original file's."""
+    config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=header)
     if config is None:
         raise TfmqError(
             f"This ComfyUI does not know the type of model in {file.name}: update ComfyUI to at least the version that "
@@ -239,7 +259,7 @@ def _build(file: Path, tensors: dict[str, Tensor], layers: set[str], disable_dyn
     )
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(tensors), model_options={"custom_operations": _placeholders(layers), "dtype": dtype},
-        disable_dynamic=disable_dynamic,
+        metadata=header, disable_dynamic=disable_dynamic,
     )  # fmt: skip
     missing = [layer for layer in layers if not _has(patcher.model.diffusion_model, layer)]
     if missing:

@@ -18,7 +18,7 @@ def text(quantized: Quantized) -> str:
     plan = quantized.plan
     schemes = Counter((kind(quantized, path), scheme.label) for path, scheme in plan.layers.items())
     lines = [
-        f"{plan.recipe.name}: {len(plan.layers)} of {total(plan)} Linear and Conv2d layers compute in integers",
+        f"{plan.recipe.name}: {len(plan.layers)} of {total(plan)} Linear and Conv2d layers are quantized",
         *(f"  {count} {what} {label}" for (what, label), count in sorted(schemes.items())),
         f"network: {quantized.bytes_before / MEGABYTE:.1f} MB -> {quantized.bytes_after / MEGABYTE:.1f} MB "
         f"({quantized.bytes_before / max(quantized.bytes_after, 1):.2f} x smaller)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,7 @@ from .temporal_leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
 SECONDS_BETWEEN_LINES = 15.0  # of the log, while weights are rounded
+SMALL_BYTES = 16 * 1024  # of a module, up to which the host's dynamic loading loads it whole
 WEIGHT_ALONE = "weight_alone"  # what a layer with activations in float is listed under
 
 
@@ -89,7 +91,7 @@ def quantize(
     network = require_float_model(patcher)
     _require_same(patcher, calibration)
     modules = candidates(network)
-    keep = kept_in_float(network) | _unknown_ends(network, calibration)
+    keep = kept_in_float(network) | _unknown_ends(network, calibration) | too_small(patcher, modules)
     geometries: dict[str, Geometry] = {}
     for path, module in modules.items():
         geometry = geometry_of(module)
@@ -100,12 +102,11 @@ def quantize(
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in modules.items()}
     device = patcher.load_device
     backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
-    costs = backend.cost_per_token, backend.rotation_cost
-    plan = decide(recipe, calibration, kinds, keep, *costs)
+    plan = decide(recipe, calibration, kinds, keep, backend.costs)
     if recipe.mixed:
-        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, costs, progress)
+        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, backend.costs, progress)
     if changes.strip():
-        plan = edited(plan, changes, calibration, keep, *costs)
+        plan = edited(plan, changes, calibration, keep, backend.costs)
     nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
     found = _rounded(patcher, calibration, plan, progress)
@@ -217,13 +218,22 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, warning)
     patcher.add_callback_with_key(CallbacksMP.ON_APPLY_HOOKS, WRAPPER, lora.unhook)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER, lora.unhook)
+    patcher.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, WRAPPER, lora.unhook_behind_keyframes)
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
     attention.attach(patcher)
+    patcher.add_object_patch("state_dict_for_saving", _refuse_to_save)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, WRAPPER, _settle)
     _fuse(patcher, quantized.plan)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """What the host's own saving calls on the loaded model: it would write codes without their scales."""
+    raise TfmqError(
+        "This MODEL is quantized by TFMQ, which ComfyUI's own nodes for saving cannot write: connect it to TFMQ Save."
+    )
 
 
 def _fuse(patcher: ModelPatcher, plan: Plan) -> None:
@@ -286,6 +296,15 @@ def _require_same(patcher: ModelPatcher, calibration: Calibration) -> None:
             "The calibration belongs to another model, or to this one with other LoRAs: connect the same MODEL to TFMQ "
             "Calibrate and TFMQ Quantize."
         )
+
+
+def too_small(patcher: ModelPatcher, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers of up to 16 KiB in 4 bits. Dynamic loading takes their weights out and puts them back by their path, when
+    a module of another MODEL may stand there."""
+    if not patcher.is_dynamic():
+        return {}
+    why = "too small for dynamic loading"
+    return {path: why for path, module in modules.items() if weight_of(module).numel() <= 2 * SMALL_BYTES}
 
 
 def _unknown_ends(network: nn.Module, calibration: Calibration) -> dict[str, str]:

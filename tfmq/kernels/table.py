@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from ..costs import FREE, Costs
 from . import float_conv, int_mm, onednn, reference, triton_backend
 from .geometry import Geometry
 
@@ -18,29 +19,18 @@ CONV2D_STATIC_NORMED = "conv2d_static_normed"
 # GEGLU inside of the product; only where a backend has it.
 MULTIPLY_GATED = "multiply_gated"
 
-NARROW = 320  # input channels, with which the product takes little of a layer's time
-
 
 @dataclass(frozen=True)
 class Backend:
     """`module`: holds `prepare(codes, scale, geometry, sums)` and the operations by name.
 
-    `refuse(operation, device, geometry)`: why it cannot run this, or None. `dynamic_cost`: time of a per-token Linear
-    over a static one, for the plan's choice between them; `narrow_cost` of one of up to NARROW input channels, if that
-    is more. `rotation_cost`: time of a rotation of its input over
-    a static Linear; 0 where it was not measured.
+    `refuse(operation, device, geometry)`: why it cannot run this, or None.
     """
 
     name: str
     module: ModuleType
     refuse: Callable[[str, torch.device, Geometry], str | None]
-    dynamic_cost: float
-    rotation_cost: float = 0.0
-    narrow_cost: float = 0.0
-
-    def cost_per_token(self, channels: int) -> float:
-        """The cost of a per-token Linear of so many input channels."""
-        return max(self.dynamic_cost, self.narrow_cost) if channels <= NARROW else self.dynamic_cost
+    costs: Costs
 
 
 def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -82,12 +72,12 @@ BACKENDS = (
     # On shapes of SD1.5 in bfloat16 a per-token layer took 1.2 to 1.7 times as long (2, since beside the error of
     # integer convolutions that of a Linear does not show: docs/quantization.md), one of 320 input channels 2.1 to 2.5,
     # a rotation 0.22 to 0.33 of the time.
-    Backend("onednn", onednn, _onednn, 2.0, 0.3, 2.4),
+    Backend("onednn", onednn, _onednn, Costs(2.0, 0.3, 2.4)),
     # Not measured: a row is read once more, out of the cache.
-    Backend("triton", triton_backend, _triton, 1.1),
-    Backend("int_mm", int_mm, _int_mm, 1.2),
-    Backend("float_conv", float_conv, _float_conv, 1.0),
-    Backend("reference", reference, _reference, 1.0),
+    Backend("triton", triton_backend, _triton, Costs(1.1)),
+    Backend("int_mm", int_mm, _int_mm, Costs(1.2)),
+    Backend("float_conv", float_conv, _float_conv, FREE),
+    Backend("reference", reference, _reference, FREE),
 )
 
 

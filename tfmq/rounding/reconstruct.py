@@ -389,8 +389,8 @@ class _Work:
         left = self.budget - NORMALS * 4 * widest * min(widest, LIMIT)
         if left < LEAST_ROWS * each:
             raise TfmqError(
-                f"Reconstruction needs at least {(self.budget - left + LEAST_ROWS * each) / 1e9:.1f} GB for this model "
-                f"and has {self.budget / 1e9:.1f} GB: choose the fast preset."
+                f"This effort needs at least {(self.budget - left + LEAST_ROWS * each) / 1e9:.1f} GB for this model "
+                f"and has {self.budget / 1e9:.1f} GB: set effort to fast in TFMQ Quantize."
             )
         return min(left // each, len(self.source.origin))
 

@@ -122,7 +122,8 @@ def temporal_graph(
     tib = find_tib(network)
     if not tib.layers:
         raise TfmqError(
-            f"No Temporal Information Block is known in a {type(network).__name__}: its temporal path stays as it is."
+            f"No Temporal Information Block is known in a {type(network).__name__}: set temporal to float in TFMQ "
+            "Quantize (TFMQ Temporal Report cannot show this model)."
         )
     other = sorted(set(tib.layers.values()) - {"t"})
     if other:
@@ -136,7 +137,7 @@ def temporal_graph(
         groups.setdefault(path.rpartition(".")[0], []).append(path)
     embedder = next((group for group in groups.values() if len(group) > 1), None)
     if embedder is None:
-        raise TfmqError(f"The {tib.architecture} model has no embedder of t that is known: its temporal path stays.")
+        raise TfmqError(f"The {tib.architecture} model has no embedder of t that is known: set temporal to float.")
     layers: dict[str, TemporalLayer] = {}
     for path in [*embedder, *(p for p in paths if p not in embedder)]:
         if path == embedder[0]:
@@ -147,7 +148,7 @@ def temporal_graph(
             source, silu = embedder[-1], _behind_silu(network, path)
         weight, bias = _parameter(network, f"{path}.weight", weights), _parameter(network, f"{path}.bias", weights)
         if weight is None or weight.dim() != 2:
-            raise TfmqError(f"Temporal layer {path} is no Linear layer: its temporal path stays as it is.")
+            raise TfmqError(f"Temporal layer {path} is no Linear layer: set temporal to float.")
         layers[path] = TemporalLayer(weight, bias, source, silu)
     if embed is None:
         if tib.architecture != "unet":

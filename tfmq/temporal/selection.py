@@ -207,7 +207,7 @@ def select(
                 best = total, family, own, fixed + sum(o.bytes for o in picked)
     if best is None:
         raise TfmqError(
-            f"No choice for the temporal layers fits into {budget} bytes: raise the budget, or use fewer timesteps."
+            f"No choice for the temporal layers fits into {budget / 1e3:.1f} kB: raise the budget (budget_kb)."
         )
     _, family, own, size = best
     choices = {p: _choice(p, o, family, reference, errors, sizes) for p, o in own.items()}
