@@ -15,11 +15,33 @@ import comfy.model_management  # isort: skip
 import comfy.ops  # isort: skip
 import comfy.sd  # isort: skip
 import comfy.utils  # isort: skip
+from comfy.patcher_extension import PatcherInjection  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 fingerprint = patchers.module("tfmq.host.model").fingerprint
 TfmqError = patchers.module("tfmq.errors").TfmqError
 pytestmark = pytest.mark.usefixtures("folder")
+
+
+def test_a_model_on_another_device_than_the_hosts_is_released(base, quantized, monkeypatch):
+    """As behind the node Select Model Device."""
+    patchers.sample(quantized)
+    path = next(iter(patchers.leaves(quantized)))
+    assert base.model.get_submodule(f"diffusion_model.{path}") is patchers.leaves(quantized)[path]
+    with monkeypatch.context() as patch:
+        # It looks at the host's own device alone.
+        patch.setattr(comfy.model_management, "unload_model_and_clones", lambda *_, **__: None)
+        patchers.module("tfmq.host.model").release(base)
+    assert isinstance(base.model.get_submodule(f"diffusion_model.{path}"), (nn.Linear, nn.Conv2d))
+
+
+def test_a_bypass_lora_is_warned_of(quantized, caplog):
+    clone = quantized.clone()
+    clone.set_injections("bypass_lora", [PatcherInjection(lambda _: None, lambda _: None)])
+    patchers.sample(quantized, steps=1)
+    assert "bypass LoRA" not in caplog.text
+    patchers.sample(clone, steps=1)
+    assert "bypass LoRA" in caplog.text
 
 
 @pytest.fixture

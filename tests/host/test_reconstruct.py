@@ -14,6 +14,7 @@ from support import patchers, tiny
 
 host = patchers.module("tfmq.host.reconstruct")
 adaround = patchers.module("tfmq.rounding.adaround")
+costs = patchers.module("tfmq.costs")
 decide = patchers.module("tfmq.decide")
 model = patchers.module("tfmq.host.model")
 scheme = patchers.module("tfmq.scheme")
@@ -33,7 +34,7 @@ def planned(patcher: Any, calibration: Any) -> Any:
     modules = model.candidates(network)
     kinds = {path: "conv2d" if isinstance(m, torch.nn.Conv2d) else "linear" for path, m in modules.items()}
     recipe = scheme.Recipe("W4A8", weight_bits=4, group=32)
-    return decide.decide(recipe, calibration, kinds, model.kept_in_float(network), 2.0)
+    return decide.decide(recipe, calibration, kinds, model.kept_in_float(network), costs.Costs(2.0))
 
 
 def rounded(folder: Path, patcher: Any, calibration: Any, plan: Any, preset: str, **options: Any) -> Any:

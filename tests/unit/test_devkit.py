@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devkit import client, host, setup, workflow
+from devkit.environment import environment
 from devkit.paths import ROOT, STANDINS, WORKFLOWS
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def dev(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def _call(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[list[str]]]:
     commands: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["dev.py", *arguments])
-    monkeypatch.setattr(dev, "run", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(dev, "run", lambda command, timed=False: commands.append(command) or 0)
     return dev.main(), commands
 
 
@@ -175,6 +176,13 @@ def test_a_benchmark_gets_the_demo_by_default_and_paths_from_where_it_was_called
     _, [command] = _call(dev, monkeypatch, "bench", "quality", *more)
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert (options["--prompts"], options["--device"], options["--count"]) == (str(tmp_path / "p.txt"), "cuda", "3")
+
+
+def test_threads_of_a_benchmark_wait_as_those_of_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert environment()["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_WAIT_POLICY" not in environment(timed=True)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert environment()["OMP_WAIT_POLICY"] == environment(timed=True)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_missing_file_is_one_sentence(

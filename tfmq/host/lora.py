@@ -7,6 +7,7 @@ makes one rule cover every way in: another strength, another clone, a LoRA taken
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.lora
@@ -37,6 +38,14 @@ def unhook(patcher: ModelPatcher, hooks: Any = None) -> None:
     for path, module in patcher.model.named_modules():
         if isinstance(module, _HostLeaf) and f"{path}.weight" not in on:
             module.hooked = None
+
+
+def warn_of_bypass(patcher: ModelPatcher) -> None:
+    """ON_INJECT_MODEL callback: such a LoRA wraps the layers that stood in the network when its node ran."""
+    if patcher.get_injections("bypass_lora"):
+        logging.warning(
+            "TFMQ: a bypass LoRA may have no effect on a quantized MODEL: load it with the ordinary LoRA node."
+        )
 
 
 def unhook_behind_keyframes(patcher: ModelPatcher, *_: Any) -> None:

@@ -70,7 +70,14 @@ def release(patcher: ModelPatcher) -> None:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        comfy.model_management.unload_model_and_clones(patcher)
+        comfy.model_management.unload_model_and_clones(
+            patcher
+        )  # of the host's own device; a node may have chosen another
+        base = patcher.clone_base_uuid
+        loaded = list(comfy.model_management.current_loaded_models)
+        left = [one for one in loaded if one.model is not None and one.model.clone_base_uuid == base]
+        for device in {one.device for one in left}:
+            comfy.model_management.free_memory(1e30, device, [one for one in loaded if one not in left])
     finally:
         if enabled:
             gc.enable()

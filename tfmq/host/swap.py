@@ -218,6 +218,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, warning)
     patcher.add_callback_with_key(CallbacksMP.ON_APPLY_HOOKS, WRAPPER, lora.unhook)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER, lora.unhook)
+    patcher.add_callback_with_key(CallbacksMP.ON_INJECT_MODEL, WRAPPER, lora.warn_of_bypass)
     patcher.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, WRAPPER, lora.unhook_behind_keyframes)
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
