@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ def write(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> N
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.parent / f".{path.stem}.{uuid.uuid4().hex}.part"
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         header = {MANIFEST: json.dumps({"version": VERSION, **manifest})}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-        temporary.chmod(0o666 & ~_umask())  # as any other file: mkstemp's are for their owner alone
+        with suppress(OSError):  # not every file system has modes
+            temporary.chmod(mode)  # as of any file; safetensors makes its own for their owner alone
         os.replace(temporary, path)
         temporary = None
     except (OSError, SafetensorError) as error:
@@ -52,12 +54,6 @@ def write(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> N
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)  # there is no other way to read it
-    os.umask(mask)
-    return mask
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:

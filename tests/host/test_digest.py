@@ -1,15 +1,21 @@
 """What a calibration is found again by: equal for equal requests, different for everything that changes a run."""
 
+import copy
 import hashlib
+import logging
+import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from support import loras, patchers
 
+import comfy.context_windows  # isort: skip
 import comfy.controlnet  # isort: skip
 import comfy.hooks  # isort: skip
 import comfy_extras.nodes_model_advanced as sampling_nodes  # isort: skip
@@ -64,14 +70,56 @@ def test_what_an_object_holds_counts(make):
 
 def test_an_object_that_holds_itself_ends():
     one = SimpleNamespace()
-    one.me = one
+    one.me, one.all = one, []
+    one.all.append(one.all)
     assert digest(one)
 
 
-def test_what_a_run_leaves_behind_does_not_count():
-    used = SimpleNamespace(strength=1.0, cond_hint=torch.ones(2), timestep_range=(1.0, 0.0), _current_keyframe=3)
-    fresh = SimpleNamespace(strength=1.0, cond_hint=None, timestep_range=None, _current_keyframe=None)
-    assert digest(used) == digest(fresh) != digest(SimpleNamespace(**{**vars(fresh), "strength": 0.5}))
+def test_what_a_run_leaves_behind_does_not_count(base):
+    hooks = comfy.hooks.create_hook_lora(loras.kohya({"a": torch.Size((4, 4))}), 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=0.5, start_percent=0.4))
+    hooks.set_keyframes_on_hooks(frames)
+    net = control(0.5, 1.0)
+    window = comfy.context_windows.IndexListContextHandler(
+        comfy.context_windows.get_matching_context_schedule("standard_static"),
+        comfy.context_windows.get_matching_fuse_method("pyramid"), 4, 1,
+    )  # fmt: skip
+    before = digest(hooks), digest(net), digest(window)
+    for hook in hooks.hooks:
+        hook.initialize_timesteps(base.model)
+        hook.hook_keyframe.prepare_current_keyframe(torch.tensor(0.1), {"sample_sigmas": torch.tensor([9.0, 0.0])})
+    net.pre_run(base.model, lambda percent: 1.0 - percent)
+    window._step = 3
+    assert (digest(hooks), digest(net), digest(window)) == before
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({1, 2}, {1, 3}),
+        (np.ones(3), np.zeros(3)),
+        (b"a", b"b"),
+        (torch.float16, torch.float32),
+        ({"a": len}, {"a": abs}),
+        ({("double", 0): 1}, {("double", 1): 1}),
+    ],
+)
+def test_other_kinds_of_values(one, other):
+    assert digest(one) == digest(copy.deepcopy(one)) != digest(other)
+
+
+def test_whole_programs_are_not_walked_through():
+    """Nodes hold loggers, modules and servers."""
+    from math import sqrt
+
+    def patch(x):
+        return sqrt(torch.sum(x)) if sys.modules else logging.getLogger("x")
+
+    value = SimpleNamespace(log=logging.getLogger(), modules=sys, call=sqrt, patch=patch, kinds=[int, nn.Linear])
+    started = time.monotonic()
+    assert digest(value) == digest(value)
+    assert time.monotonic() - started < 5
 
 
 def control(value, strength, weight=1.0):

@@ -40,8 +40,8 @@ def test_a_bypass_lora_is_warned_of(quantized, caplog):
     clone.set_injections("bypass_lora", [PatcherInjection(lambda _: None, lambda _: None)])
     patchers.sample(quantized, steps=1)
     assert "bypass LoRA" not in caplog.text
-    patchers.sample(clone, steps=1)
-    assert "bypass LoRA" in caplog.text
+    patchers.sample(clone)
+    assert caplog.text.count("bypass LoRA") == 1
 
 
 @pytest.fixture
@@ -246,8 +246,9 @@ def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
 
 
 def test_the_hosts_own_saving_says_what_to_use(base, quantized, saved_by_the_host):
-    with pytest.raises(TfmqError, match="TFMQ Save"):
-        saved_by_the_host(quantized)
+    for patcher in (quantized, quantized.clone().clone()):
+        with pytest.raises(TfmqError, match="TFMQ Save"):
+            saved_by_the_host(patcher)
     assert saved_by_the_host(base).is_file()
 
 

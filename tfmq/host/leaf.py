@@ -55,7 +55,7 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         setattr(self, name, tensor)
 
     def _tables(self) -> dict[str, Tensor]:
-        found = {name: vars(self).get(name) for name in TABLES}
+        found = {name: getattr(self, name, None) for name in TABLES}
         return {name: table for name, table in found.items() if table is not None}
 
     def _hold(self, weight: QuantizedTensor, bias: Tensor | None) -> None:

@@ -41,7 +41,7 @@ def unhook(patcher: ModelPatcher, hooks: Any = None) -> None:
 
 
 def warn_of_bypass(patcher: ModelPatcher) -> None:
-    """ON_INJECT_MODEL callback: such a LoRA wraps the layers that stood in the network when its node ran."""
+    """ON_PRE_RUN callback: such a LoRA wraps the layers that stood in the network when its node ran."""
     if patcher.get_injections("bypass_lora"):
         logging.warning(
             "TFMQ: a bypass LoRA may have no effect on a quantized MODEL: load it with the ordinary LoRA node."

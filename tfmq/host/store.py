@@ -104,7 +104,7 @@ def save(
         "bytes": [quantized.bytes_before, after],
         "temporal": temporal,
         "deaf": list(quantized.deaf),
-        "config": _plain_config(patcher),
+        "config": _from_header(patcher),
     }
     if table is not None:
         manifest[temporal_table.MANIFEST] = table.manifest()
@@ -112,19 +112,19 @@ def save(
     return path
 
 
-def _plain_config(patcher: ModelPatcher) -> dict[str, Any]:
-    """Of a transformer: what the host may have read from the header of its file and cannot tell by the weights."""
+def _from_header(patcher: ModelPatcher) -> dict[str, Any]:
+    """Of a transformer's configuration, what the host does not find by the weights: it stood in the header of the
+    original file."""
     config = patcher.model.model_config.unet_config
+    if "image_model" not in config:
+        return {}
+    try:
+        found = comfy.model_detection.detect_unet_config(patcher.model.diffusion_model.state_dict(), "") or {}
+    except (KeyError, IndexError):  # layers that are a table have no shape
+        found = {}
     kinds = str, int, float, bool, list, tuple, type(None)
-    found = {k: v for k, v in config.items() if isinstance(v, kinds) and k not in ("image_model", "model_type")}
-    return found if "image_model" in config else {}
-
-
-def _header(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str] | None:
-    """The header with which the host arrives at `config`, of which it finds the most by itself."""
-    found = comfy.model_detection.detect_unet_config(tensors, "") or {}
-    unknown = {k: v for k, v in config.items() if k not in found or json.loads(json.dumps(found[k], default=str)) != v}
-    return {"config": json.dumps({"transformer": unknown})} if unknown else None
+    plain = {k: v for k, v in config.items() if isinstance(v, kinds) and k not in ("image_model", "model_type")}
+    return {k: v for k, v in plain.items() if k not in found or found[k] != v}
 
 
 def _leaf(patcher: ModelPatcher, layer: str) -> Any:
@@ -197,8 +197,8 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         plan = replace(plan, left={layer: why if layer in table.layers else left for layer, left in plan.left.items()})
     layers = {*plan.layers, *temporal, *(() if table is None else table.layers)}
     nf4.require_for(plan, comfy.model_management.get_torch_device())
-    tensors |= stands_for
-    patcher = _build(file, tensors, layers, _header(manifest.get("config", {}), tensors), disable_dynamic)
+    header = {"config": json.dumps({"transformer": manifest["config"]})} if manifest.get("config") else None
+    patcher = _build(file, tensors | stands_for, layers, header, disable_dynamic)
     network = patcher.model.diffusion_model
     geometries: dict[str, Geometry] = {}
     for layer, scheme in plan.layers.items():

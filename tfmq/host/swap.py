@@ -218,12 +218,12 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, warning)
     patcher.add_callback_with_key(CallbacksMP.ON_APPLY_HOOKS, WRAPPER, lora.unhook)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER, lora.unhook)
-    patcher.add_callback_with_key(CallbacksMP.ON_INJECT_MODEL, WRAPPER, lora.warn_of_bypass)
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER, lora.warn_of_bypass)
     patcher.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, WRAPPER, lora.unhook_behind_keyframes)
     # The faster mode copies merged float weights from a cache right over the codes.
     patcher.set_hook_mode(EnumHookMode.MinVram)
     attention.attach(patcher)
-    patcher.add_object_patch("state_dict_for_saving", _refuse_to_save)
+    patcher.state_dict_for_saving = _refuse_to_save
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, WRAPPER, _settle)
     _fuse(patcher, quantized.plan)
     patcher.size = size
@@ -231,7 +231,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """What the host's own saving calls on the loaded model: it would write codes without their scales."""
+    """In place of a patcher's method that the host's own saving calls: it would write codes without their scales."""
     raise TfmqError(
         "This MODEL is quantized by TFMQ, which ComfyUI's own nodes for saving cannot write: connect it to TFMQ Save."
     )
@@ -246,6 +246,7 @@ def _settle(patcher: ModelPatcher, clone: ModelPatcher) -> None:
     """ON_CLONE callback. For torch.compile, hooked LoRAs and other devices the host clones a MODEL onto a network of
     its own, made anew: what was bound to the old network is made for that one, and its leaves get the clock that is
     set."""
+    clone.state_dict_for_saving = _refuse_to_save
     if clone.model is patcher.model:
         return
     quantized = require_quantized(clone)

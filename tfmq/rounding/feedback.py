@@ -60,7 +60,7 @@ class Gram:
 
     def excess(self, difference: Tensor) -> float:
         """|| X w'^T - F w^T ||^2 for w' = w + difference [N, K'], mean over positions, less what it is for w."""
-        rest = 0.0 if self.pull is None else 2 * float((difference * self.pull).sum(dtype=torch.float64))
+        rest = 0.0 if self.pull is None else 2 * float((difference * self.pull).sum(1).cpu().double().sum())
         return self.error(difference) - rest / max(self.positions, 1)
 
     @property
@@ -76,7 +76,7 @@ class Gram:
         """Mean over the positions of || difference x ||^2, difference [N, K'] (blocks taken as independent)."""
         total = 0.0
         for block, part in zip(self.blocks, difference.split(self.width, 1), strict=True):
-            total += float(((part @ block) * part).sum(dtype=torch.float64))
+            total += float(((part @ block) * part).sum(1).cpu().double().sum())
         return total / max(self.positions, 1)
 
 
