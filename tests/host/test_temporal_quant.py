@@ -78,6 +78,11 @@ def save_and_load(patcher, prefix):
         return patchers.nodes.Load.execute(f"tfmq/{path.name}").args[0], path
 
 
+def test_what_is_solved_in_float64_stays_off_devices_without_it():
+    kept, moved = [torch.device(name) for name in ("cpu", "cuda:1")], [torch.device(name) for name in ("mps", "xpu:0")]
+    assert [temporal_quant.with_float64(device) for device in (*kept, *moved)] == [*kept, *[torch.device("cpu")] * 2]
+
+
 def test_the_clock_finds_the_nearest_point():
     clock = leaf_module.finite_set_clock(leaf_module.TimeAxis(0.0, 999.0), 1000)
     times, cpu = FiniteSet.of(TimeAxis(0.0, 999.0)), torch.device("cpu")

@@ -54,8 +54,9 @@ def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, 
 
     Raises TfmqError for a MODEL whose temporal features do not depend on t alone or whose embedding is not known.
     """
-    graph = graph_of(patcher, network, patcher.load_device)
-    times = FiniteSet(FiniteSet.of(axis).points.to(patcher.load_device))
+    device = with_float64(patcher.load_device)
+    graph = graph_of(patcher, network, device)
+    times = FiniteSet(FiniteSet.of(axis).points.to(device))
     wanted = (INT8, INT4) if mode == SELECTED else (mode,)
     total, tibs = steps(network, mode), {}
     for number, name in enumerate(wanted):
@@ -152,6 +153,11 @@ def _rows(features: Tensor, kind: str, intervals: Iterable[int] | None = None) -
         start += size if interval in chosen else 0
     per_row = {name: v[kept] if v.shape[0] == count else v for name, v in table.items()}
     return per_row | {"row_start": torch.tensor(starts, dtype=torch.int32)}
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """This device, or the CPU in place of one that may not have float64 (Apple's, some of Intel's)."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _state_to(state: TemporalState, device: Any) -> TemporalState:
