@@ -1,7 +1,5 @@
 """GroupNorm, SiLU and convolution of a quantized MODEL's blocks are one operation, and the same."""
 
-import statistics
-
 import pytest
 import torch
 from torch import nn
@@ -49,9 +47,10 @@ def apart(patcher, **options):
 
 def as_apart(patcher):
     """In float32 the norm alone can be rounded differently, and a code near a tie with it, which then moves the latent
-    by 2e-3: so for most of a few noises."""
+    by 2e-3: so of five noises for all but one."""
     pairs = [(patchers.sample(patcher, seed=seed, steps=1), apart(patcher, seed=seed, steps=1)) for seed in range(5)]
-    return statistics.median(patchers.distance(*pair) for pair in pairs) < 1e-3
+    *most, worst = sorted(patchers.distance(*pair) for pair in pairs)
+    return most[-1] < 1e-3 and worst < 1e-2
 
 
 def test_every_block_with_a_quantized_convolution_takes_it(quantized, counted):

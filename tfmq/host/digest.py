@@ -45,7 +45,9 @@ class _Hashes:
         if id(value) in self.known:
             return self.known[id(value)][1]
         self.known[id(value)] = value, b"above"  # while it is looked into, and holds itself
-        found = hashlib.sha256(type(value).__qualname__.encode())
+        # A weight is the same weight as a Parameter and as a plain tensor.
+        kind = Tensor if isinstance(value, Tensor) else type(value)
+        found = hashlib.sha256(kind.__qualname__.encode())
         for part in self.parts(value, depth):
             found.update(part)
         self.known[id(value)] = value, found.digest()

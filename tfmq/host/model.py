@@ -70,9 +70,8 @@ def release(patcher: ModelPatcher) -> None:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        comfy.model_management.unload_model_and_clones(
-            patcher
-        )  # of the host's own device; a node may have chosen another
+        comfy.model_management.unload_model_and_clones(patcher)
+        # That looks at the host's own device alone; a node may have chosen another.
         base = patcher.clone_base_uuid
         loaded = list(comfy.model_management.current_loaded_models)
         left = [one for one in loaded if one.model is not None and one.model.clone_base_uuid == base]
