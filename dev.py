@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from devkit import setup
+from devkit import processors, setup
 from devkit.environment import environment
 from devkit.paths import ROOT
 
 BENCH = ROOT / "bench"
 PROMPTS = ROOT / "demo" / "prompts.txt"
+CPUINFO = Path("/proc/cpuinfo")
+# In CI the tests whose verdict hangs on how a processor rounds run as these too, where this one can play them.
+ALSO_AS = ("avx2-vnni", "avx2")
 
 
 def main() -> int:
@@ -26,7 +29,7 @@ def main() -> int:
     try:
         python = str(setup.ensure(arguments.use_installed_torch))
         if arguments.command == "test":
-            return test(python, rest)
+            return test(python, rest, arguments)
         checkpoint = demo_checkpoint(python)
         if arguments.command == "demo":
             out = started_in / arguments.out
@@ -41,8 +44,9 @@ def main() -> int:
         return 130
 
 
-def test(python: str, pytest_arguments: list[str]) -> int:
+def test(python: str, pytest_arguments: list[str], arguments: argparse.Namespace) -> int:
     """Lint, format, types, then the tests; every step runs, and the tests come last."""
+    machine = _machine(arguments)
     demo_checkpoint(python)
     checks = {
         "ruff check": [python, "-m", "ruff", "check", "."],
@@ -54,13 +58,42 @@ def test(python: str, pytest_arguments: list[str]) -> int:
         print(f"== {name}", flush=True)
         if run(command) != 0:
             failed.append(name)
-    print("== pytest", flush=True)
+    # All tests share two processes, a file at a time, with a thread each.
+    shared = [] if pytest_arguments or arguments.threads else ["-n", "2", "--dist", "loadfile"]
+    threads = {"OMP_NUM_THREADS": str(arguments.threads or 1)} if shared or arguments.threads else {}
+    order = [] if arguments.shuffle is None else ["-p", "randomly", f"--randomly-seed={arguments.shuffle}"]
+    everything = not pytest_arguments and not machine and arguments.threads is None and arguments.shuffle is None
+    for name in ALSO_AS if everything else ():
+        try:
+            played = processors.variables(name, _cpuinfo())
+        except ValueError as error:
+            print(f"== pytest as {name}: left out. {error}", flush=True)
+            continue
+        print(f"== pytest as {name}", flush=True)
+        if run([python, "-m", "pytest", *shared, "-q", "-m", "rounding"], **threads, **played) != 0:
+            failed.append(f"pytest as {name}")
+    print(f"== pytest{f' as {arguments.machine}' if machine else ''}", flush=True)
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", flush=True)
-    # All tests share two processes, a file at a time, with a thread each.
-    shared = [] if pytest_arguments else ["-n", "2", "--dist", "loadfile"]
-    threads = {"OMP_NUM_THREADS": "1"} if shared else {}
-    return run([python, "-m", "pytest", *shared, *pytest_arguments], **threads) or int(bool(failed))
+    command = [python, "-m", "pytest", *shared, *order, *pytest_arguments]
+    return run(command, **threads, **machine) or int(bool(failed))
+
+
+def _machine(arguments: argparse.Namespace) -> dict[str, str]:
+    """Variables that make this the processor of `--as`."""
+    if arguments.machine is None:
+        return {}
+    try:
+        return processors.variables(arguments.machine, _cpuinfo())
+    except ValueError as error:
+        raise setup.SetupError(str(error)) from None
+
+
+def _cpuinfo() -> str:
+    try:
+        return CPUINFO.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: list[str], started_in: Path) -> int:
@@ -117,7 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="quantize the demo checkpoint in a real ComfyUI; pictures and report")
     demo.add_argument("--out", default="out", metavar="DIR", help="where pictures and report go (default: out)")
-    commands.add_parser("test", help="ruff, mypy, pytest; further arguments go to pytest")
+    test = commands.add_parser("test", help="ruff, mypy, pytest; further arguments go to pytest")
+    test.add_argument(
+        "--as", dest="machine", metavar="NAME",
+        help=f"run the tests as another processor: {', '.join(processors.PROCESSORS)}",
+    )  # fmt: skip
+    test.add_argument("--threads", type=int, metavar="N", help="in one process of N threads (default: two of one)")
+    test.add_argument("--shuffle", type=int, metavar="SEED", help="in a random order")
     serve = commands.add_parser("serve", help="ComfyUI in the browser with the pack and the demo checkpoint")
     serve.add_argument("--port", type=int, default=8188)
     bench = commands.add_parser("bench", help="run a benchmark of bench/; further arguments go to it")

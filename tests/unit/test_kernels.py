@@ -13,24 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfmq.kernels import int_mm, reference
+from support.backends import DEVICES, able
+from tfmq.kernels import int_mm, onednn, reference
 from tfmq.kernels.geometry import Geometry, StaticInput, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick, refusals
 from tfmq.quantizer import dequantize_weight
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 ZERO_POINTS = [0, 1, 117, 128, 254, 255]
-# float_conv does not quantize its input, and so is not comparable: tests/unit/test_float_conv.py.
-PLACES = [(b, d) for d in DEVICES for b in BACKENDS if b.name != "float_conv"]
-place = pytest.mark.parametrize(("backend", "device"), PLACES, ids=[f"{b.name}-{d}" for b, d in PLACES])
+# These do not quantize their input, and so are not comparable: tests/unit/test_float_conv.py.
+INEXACT = {"float_conv"}
 
 
-def need(backend: Backend, operation: str, device: str, geometry: Geometry) -> None:
-    reason = backend.refuse(operation, torch.device(device), geometry)
-    if reason is not None:
-        pytest.skip(f"{backend.name} on {device}: {reason}")
+def place(operation: str) -> pytest.MarkDecorator:
+    """Every backend and device that runs the operation here."""
+    cases = [(b, d) for d in DEVICES for b in able(operation, d) if b.name not in INEXACT]
+    return pytest.mark.parametrize(("backend", "device"), cases, ids=[f"{b.name}-{d}" for b, d in cases])
 
 
 def integers(shape: tuple[int, ...], low: int, high: int, seed: int) -> Tensor:
@@ -190,7 +189,7 @@ def test_reference_matmul_where_it_runs(device: str) -> None:
 # --- every backend against exact arithmetic -------------------------------------------------------------------------
 
 
-@place
+@place(LINEAR_STATIC)
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 5), max_size=2), st.integers(1, 70), st.integers(1, 50), st.sampled_from(DTYPES),
@@ -201,14 +200,13 @@ def test_linear_static(
     balanced: bool, odd_strides: bool, seed: int,
 ) -> None:  # fmt: skip
     geometry = Geometry((n, k))
-    need(backend, LINEAR_STATIC, device, geometry)
     case = static_case((*lead, k), geometry, dtype, zero_point, biased, balanced, seed)
     if odd_strides and lead:
         case.x = awkward(case.x)
     case.check(case.run(backend, LINEAR_STATIC, device))
 
 
-@place
+@place(LINEAR_DYNAMIC)
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 5), max_size=2), st.integers(2, 70), st.integers(1, 50), st.sampled_from(DTYPES),
@@ -218,7 +216,6 @@ def test_linear_dynamic(
     backend: Backend, device: str, lead: list[int], k: int, n: int, dtype: torch.dtype, biased: bool, balanced: bool,
     odd_strides: bool, seed: int,
 ) -> None:  # fmt: skip
-    need(backend, LINEAR_DYNAMIC, device, Geometry((n, k)))
     case = dynamic_case((*lead, k), n, dtype, biased, balanced, seed)
     if odd_strides and lead:
         case.x = awkward(case.x)
@@ -240,7 +237,7 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, tuple[int, int]]:
     return geometry, size
 
 
-@place
+@place(CONV2D_STATIC)
 @settings(max_examples=50)
 @given(
     geometries(), st.sampled_from([1, 2, 9]), st.sampled_from(DTYPES), st.sampled_from(ZERO_POINTS), st.booleans(),
@@ -251,7 +248,6 @@ def test_conv2d_static(
     zero_point: int, biased: bool, balanced: bool, layout: str, seed: int,
 ) -> None:  # fmt: skip
     geometry, size = layer
-    need(backend, CONV2D_STATIC, device, Geometry(geometry.shape))
     if backend.refuse(CONV2D_STATIC, torch.device(device), geometry) is not None:
         return
     shape = (batch, geometry.shape[1] * geometry.groups, *size)
@@ -282,29 +278,61 @@ CONVOLUTIONS = {
 }
 
 
-@place
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+EVERYWHERE = [
+    (operation, backend, device)
+    for device in DEVICES
+    for operation in (LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC)
+    for backend in able(operation, device, Geometry((16, 16, 3, 3)) if operation == CONV2D_STATIC else None)
+    if backend.name not in INEXACT
+]
+everywhere = pytest.mark.parametrize(
+    ("operation", "backend", "device"), EVERYWHERE, ids=[f"{o}-{b.name}-{d}" for o, b, d in EVERYWHERE]
+)
+NAMED = [
+    (name, backend, device)
+    for name, (geometry, _) in CONVOLUTIONS.items()
+    for device in DEVICES
+    for backend in able(CONV2D_STATIC, device, geometry)
+    if backend.name not in INEXACT
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "device"), NAMED, ids=[f"{n}-{b.name}-{d}" for n, b, d in NAMED])
 @pytest.mark.parametrize("zero_point", [0, 255])
 def test_convolutions_worth_a_name(backend: Backend, device: str, name: str, zero_point: int) -> None:
     geometry, shape = CONVOLUTIONS[name]
-    need(backend, CONV2D_STATIC, device, geometry)
     for dtype in DTYPES:
         case = static_case(shape, geometry, dtype, zero_point, True, True, 5)
         case.check(case.run(backend, CONV2D_STATIC, device))
 
 
+def test_what_onednn_and_int_mm_leave_to_others() -> None:
+    refused = {name: onednn.unsafe(geometry) for name, (geometry, _) in CONVOLUTIONS.items()}
+    assert {name: reason for name, reason in refused.items() if reason is not None} == {
+        "dilation 2": "dilation",
+        "groups 3": "grouped convolution",
+        "depthwise": "grouped convolution",
+        "unequal strides": "stride 1 x 2",
+        "padding as wide as the kernel": "padding as wide as the kernel",
+        "window in the padding": "dilation",
+        "patches": "stride 4 x 4",
+        "48 channels a group": "grouped convolution",
+    }
+    grouped = {name for name, (geometry, _) in CONVOLUTIONS.items() if geometry.groups > 1}
+    able_to = {name for name, backend, device in NAMED if backend.name == "int_mm" and device == "cpu"}
+    assert able_to == set(CONVOLUTIONS) - grouped
+
+
 # --- every backend against the reference on inputs off the grid -----------------------------------------------------
 
 
-@place
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("operation", [LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC])
 def test_parity_on_random_input(backend: Backend, device: str, dtype: torch.dtype, operation: str) -> None:
     g = torch.Generator().manual_seed(3)
     conv = operation == CONV2D_STATIC
     for seed, (m, k, n) in enumerate([(1, 5, 3), (17, 64, 48), (9, 33, 65), (130, 320, 96)]):
         geometry = Geometry((n, k, 3, 3), padding=(1, 1)) if conv else Geometry((n, k))
-        need(backend, operation, device, geometry)
         x = torch.randn(*((m % 10, k, 5, 3) if conv else (m, k)), generator=g)
         if conv and m % 10 == 0:
             x = torch.randn(1, k, 9, 9, generator=g)
@@ -330,25 +358,23 @@ def test_parity_on_random_input(backend: Backend, device: str, dtype: torch.dtyp
         assert float((truth.float() - plain).norm() / plain.norm()) < 0.03
 
 
-@place
-def test_the_input_is_left_alone(backend: Backend, device: str) -> None:
-    for operation, case in (
-        (LINEAR_STATIC, static_case((5, 6), Geometry((4, 6)), torch.float32, 3, True, True, 0)),
-        (LINEAR_DYNAMIC, dynamic_case((5, 6), 4, torch.float32, True, True, 0)),
-        (CONV2D_STATIC, static_case((2, 6, 4, 4), Geometry((4, 6, 3, 3)), torch.float32, 3, True, True, 0)),
-    ):
-        need(backend, operation, device, case.geometry)
-        kept = {name: v.clone() for name, v in vars(case).items() if isinstance(v, Tensor)}
-        case.run(backend, operation, device)
-        for name, value in kept.items():
-            assert torch.equal(getattr(case, name), value), name
+@everywhere
+def test_the_input_is_left_alone(operation: str, backend: Backend, device: str) -> None:
+    case = {
+        LINEAR_STATIC: lambda: static_case((5, 6), Geometry((4, 6)), torch.float32, 3, True, True, 0),
+        LINEAR_DYNAMIC: lambda: dynamic_case((5, 6), 4, torch.float32, True, True, 0),
+        CONV2D_STATIC: lambda: static_case((2, 6, 4, 4), Geometry((4, 6, 3, 3)), torch.float32, 3, True, True, 0),
+    }[operation]()
+    kept = {name: v.clone() for name, v in vars(case).items() if isinstance(v, Tensor)}
+    case.run(backend, operation, device)
+    for name, value in kept.items():
+        assert torch.equal(getattr(case, name), value), name
 
 
-@place
+@place(LINEAR_DYNAMIC)
 def test_constant_and_zero_rows(backend: Backend, device: str) -> None:
     """A row without span has no scale of its own and must still come out right."""
     geometry = Geometry((3, 4))
-    need(backend, LINEAR_DYNAMIC, device, geometry)
     x = torch.tensor([[0.0] * 4, [2.5] * 4, [-1.25] * 4, [1.0, 0.0, 0.0, 0.0]])
     codes = integers((3, 4), -127, 127, 0)
     scale = torch.tensor([0.5, 0.25, 0.125])
@@ -358,14 +384,12 @@ def test_constant_and_zero_rows(backend: Backend, device: str) -> None:
     torch.testing.assert_close(case.run(backend, LINEAR_DYNAMIC, device).double(), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_int_mm_in_slices_of_the_batch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_int_mm_in_slices_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = next(b for b in BACKENDS if b.name == "int_mm")
     geometry = Geometry((10, 6, 3, 3), padding=(1, 1))
-    need(backend, CONV2D_STATIC, device, geometry)
     monkeypatch.setattr(int_mm, "PATCH_BYTES", 2 * 5 * 4 * 56)  # two images of the nine at a time
     case = static_case((9, 6, 5, 4), geometry, torch.float32, 200, True, True, 1)
-    case.check(case.run(backend, CONV2D_STATIC, device))
+    case.check(case.run(backend, CONV2D_STATIC, "cpu"))
 
 
 # --- geometry and table ---------------------------------------------------------------------------------------------

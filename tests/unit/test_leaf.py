@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfmq.leaf
+from support.backends import each
 from tfmq.kernels import reference
 from tfmq.kernels.geometry import Geometry, geglu, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
@@ -58,10 +59,7 @@ def make(operation: str, *, balanced: bool = True, intervals: int = 4) -> Made:
     return Made(leaf, module, x, clock)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, backend: Backend, operation: str, geometry: Geometry) -> None:
-    reason = backend.refuse(operation, CPU, geometry)
-    if reason is not None:
-        pytest.skip(f"{backend.name}: {reason}")
+def use(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
     monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: backend)
 
 
@@ -113,11 +111,10 @@ def test_a_dynamic_leaf_ignores_the_clock() -> None:
     assert torch.equal(*out)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@each(OPERATIONS)
 def test_an_empty_batch(monkeypatch: pytest.MonkeyPatch, operation: str, backend: Backend) -> None:
     made = make(operation)
-    use(monkeypatch, backend, operation, made.leaf.geometry)
+    use(monkeypatch, backend)
     for dtype in (torch.float32, torch.bfloat16):
         y = made.leaf(made.x[:0].to(dtype))
         assert y.dtype == dtype and y.shape == made.module(made.x[:0]).shape
@@ -158,14 +155,13 @@ class FloatsAsLargeAsAWeight(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@each(OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_forward_pass_makes_no_float_weight(
     monkeypatch: pytest.MonkeyPatch, operation: str, backend: Backend, dtype: torch.dtype
 ) -> None:
     made = make(operation)
-    use(monkeypatch, backend, operation, made.leaf.geometry)
+    use(monkeypatch, backend)
     x = made.x.to(dtype)
     assert max(x.numel(), made.leaf(x).numel()) < made.leaf.codes.numel()
     made.leaf._prepared = None
@@ -200,7 +196,7 @@ def test_the_detector_sees_a_float_weight(operation: str, how: str) -> None:
 def test_the_detector_sees_the_float_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off the CPU the reference multiplies in float: exact, but with a float copy, which is no secret."""
     made = make(LINEAR_STATIC)
-    use(monkeypatch, BACKENDS[-1], LINEAR_STATIC, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     exact = made.leaf(made.x)
     monkeypatch.setattr(reference, "integer_matmul", reference.chunked_matmul)
     with FloatsAsLargeAsAWeight(made.leaf.codes) as watch:
@@ -246,7 +242,7 @@ def test_a_copy_follows_the_clock_of_its_model() -> None:
 def test_the_weight_is_prepared_once_per_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(LINEAR_STATIC)
     count = []
-    use(monkeypatch, BACKENDS[-1], LINEAR_STATIC, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
     for _ in range(3):
@@ -260,7 +256,7 @@ def test_the_weight_is_prepared_once_per_owner(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(LINEAR_STATIC)
-    use(monkeypatch, BACKENDS[-1], LINEAR_STATIC, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     codes, scale, bias = made.leaf.codes, made.leaf.weight_scale, made.leaf.bias
     kept = made.leaf(made.x)
     held = made.leaf._prepared
@@ -284,8 +280,8 @@ def test_a_weight_that_a_kernel_holds_in_another_order_is_not_there_twice(
 ) -> None:
     """As the triton backend does it: the codes become a view of what the kernel reads."""
     made = make(operation)
-    geometry, codes = made.leaf.geometry, made.leaf.codes.clone()
-    use(monkeypatch, BACKENDS[-1], operation, geometry)
+    codes = made.leaf.codes.clone()
+    use(monkeypatch, BACKENDS[-1])
     before = made.leaf(made.x)
     other = make(operation).leaf
     inner = reference.prepare
@@ -323,7 +319,7 @@ def test_a_leaf_keeps_its_codes_once(operation: str) -> None:
 def test_a_warm_leaf_compiles_into_one_graph(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph break and no host sync; the clock stays an input."""
     made = make(operation)
-    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     torch._dynamo.reset()
     with torch.no_grad():
         made.leaf(made.x)
@@ -344,11 +340,10 @@ def test_every_backend_here_is_right_under_compile(operation: str) -> None:
             assert torch.equal(compiled(made.x), made.leaf(made.x))
 
 
-@pytest.mark.parametrize("operation", [LINEAR_STATIC, LINEAR_DYNAMIC])
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@each([LINEAR_STATIC, LINEAR_DYNAMIC])
 def test_a_gated_leaf(operation: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(operation)
-    use(monkeypatch, backend, operation, made.leaf.geometry)
+    use(monkeypatch, backend)
     with torch.no_grad():
         want = geglu(made.leaf(made.x))
         torch.testing.assert_close(made.leaf(made.x, gated=True), want, rtol=1e-5, atol=1e-5)

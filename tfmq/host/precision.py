@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..kernels.onednn import fast_bfloat16
+
 
 def advice(patcher: ModelPatcher) -> str:
     """A sentence where this MODEL would run faster in bfloat16, else nothing.
@@ -21,9 +23,3 @@ def advice(patcher: ModelPatcher) -> str:
         f"between the integer layers this MODEL computes in {str(dtype).removeprefix('torch.')}; this processor is "
         "faster in bfloat16: start ComfyUI with --bf16-unet, or put the node ModelComputeDtype (bf16) behind this one"
     )
-
-
-def fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in its own instructions."""
-    known = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(is_there() for is_there in known if is_there is not None)

@@ -6,6 +6,7 @@ allocation of such a size costs more in page faults than the arithmetic on it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ MIN_ROWS = 1024  # of a block that is multiplied at once: with fewer, starting t
 # Pixels of an image in channels_last order from which on torch's own GroupNorm is as fast as anything here.
 LARGE_IMAGE = 1024
 PATIENCE = 3  # calls in a row with images of another shape before a weight is put in order for those
+# Values of ONEDNN_MAX_CPU_ISA below the bfloat16 products.
+WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 # Added to a float32 under 2^22 it rounds it, half to even, and leaves the integer in the low bits.
 MAGIC = 1.5 * 2.0**23
 
@@ -79,9 +82,35 @@ def missing() -> str | None:
         return "this torch has no quantized oneDNN operations"
     vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
     if vnni is None or not vnni():
-        # Without VNNI oneDNN adds pairs of products in int16, which saturates.
         return "the processor has no VNNI instructions"
+    # A compiler that traces this would take the probe into its graph. By then a leaf has mostly run.
+    if not torch.compiler.is_compiling() and not _adds_exactly():
+        return "oneDNN makes no use of VNNI instructions here (is ONEDNN_MAX_CPU_ISA set?)"
     return None
+
+
+@lru_cache(maxsize=1)
+def _adds_exactly() -> bool:
+    """Whether the sums are those of integers, where no pair of products fits in 16 bits.
+
+    Without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, oneDNN adds pairs in int16, which saturates. It reads the
+    variable once per process; no function that torch exports says what it made of it.
+    """
+    k = 64
+    with torch.inference_mode():
+        packed = torch.ops.onednn.qlinear_prepack(torch.full((16, k), 127, dtype=torch.int8), None)
+        zeros, q = torch.zeros(16, dtype=torch.int32), torch.full((4, k), 255, dtype=torch.uint8)
+        y = _product(q, torch.ones(1), packed, torch.ones(16), zeros, None, torch.float32)
+    return bool((y == 255 * 127 * k).all())
+
+
+def fast_bfloat16() -> bool:
+    """Whether oneDNN may use the processor's own bfloat16 products, where it has them."""
+    bound = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if bound.upper() in WITHOUT_BFLOAT16:
+        return False
+    known = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(is_there() for is_there in known if is_there is not None)
 
 
 def unsafe(geometry: Geometry) -> str | None:
