@@ -11,6 +11,8 @@ ours = patchers.module("tfmq.host.attention")
 from comfy.ldm.modules import attention  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
+pytestmark = pytest.mark.rounding
+
 SHAPES = {
     "self": (2, 64, 64, 8, 5),
     "text": (2, 50, 77, 2, 16),

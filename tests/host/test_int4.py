@@ -10,6 +10,8 @@ from support import loras, patchers
 import comfy.lora  # isort: skip
 import comfy.utils  # isort: skip
 
+pytestmark = pytest.mark.rounding
+
 store = patchers.module("tfmq.host.store")
 RECIPES = ("W4A8", "W4A16")
 

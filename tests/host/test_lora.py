@@ -12,7 +12,7 @@ import comfy.model_management  # isort: skip
 import comfy.utils  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = [pytest.mark.rounding, pytest.mark.usefixtures("folder")]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from support import loras, patchers
 import comfy.utils  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
+pytestmark = pytest.mark.rounding
+
 nf4 = patchers.module("tfmq.host.nf4")
 scheme = patchers.module("tfmq.scheme")
 swap = patchers.module("tfmq.host.swap")

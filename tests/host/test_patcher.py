@@ -20,7 +20,7 @@ from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 fingerprint = patchers.module("tfmq.host.model").fingerprint
 TfmqError = patchers.module("tfmq.errors").TfmqError
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = [pytest.mark.rounding, pytest.mark.usefixtures("folder")]
 
 
 def test_a_model_on_another_device_than_the_hosts_is_released(base, quantized, monkeypatch):

@@ -11,6 +11,8 @@ from support import loras, patchers
 
 import comfy.utils  # isort: skip
 
+pytestmark = pytest.mark.rounding
+
 store = patchers.module("tfmq.host.store")
 swap = patchers.module("tfmq.host.swap")
 decide = patchers.module("tfmq.decide")

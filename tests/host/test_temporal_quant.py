@@ -25,7 +25,7 @@ selection = patchers.module("tfmq.temporal.selection")
 INT8, INT4, SELECTED = temporal_quant.INT8, temporal_quant.INT4, temporal_quant.SELECTED
 EMBEDDER = ("time_embed.0", "time_embed.2")
 LIMIT = {INT8: 0.03, INT4: 0.03, SELECTED: 0.03}  # measured 0.013, 0.016, 0.013: other layers round another way then
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = [pytest.mark.rounding, pytest.mark.usefixtures("folder")]
 
 
 @pytest.fixture(scope="module", autouse=True)

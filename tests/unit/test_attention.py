@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from tfmq.attention import LEAST_QUERIES, MOST_KEYS, VECTOR, whole_vectors
 
+pytestmark = pytest.mark.rounding
+
 QUERIES = max(LEAST_QUERIES.values())
 
 

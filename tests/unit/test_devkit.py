@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devkit import client, host, setup, workflow
+from devkit import client, host, processors, setup, workflow
 from devkit.environment import environment
 from devkit.paths import ROOT, STANDINS, WORKFLOWS
 
@@ -202,6 +202,58 @@ def test_test_runs_every_check_and_fails_if_one_does(dev: ModuleType, monkeypatc
     assert commands[-1][3:] == ["-k", "some"]
     monkeypatch.setattr(dev, "run", lambda command: int("mypy" in command))
     assert dev.main() == 1
+
+
+CPUINFO = (
+    "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_vnni\nprocessor\t: 1\nflags\t\t: avx_vnni\n"
+)
+
+
+@pytest.fixture
+def ran(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[tuple]]:
+    """Of a call of dev.py on the processor of CPUINFO: the commands, each with its part of the environment."""
+    (tmp_path / "cpuinfo").write_text(CPUINFO)
+    monkeypatch.setattr(dev, "CPUINFO", tmp_path / "cpuinfo")
+
+    def call(*arguments: str) -> list[tuple[list[str], dict[str, str]]]:
+        found: list[tuple[list[str], dict[str, str]]] = []
+        monkeypatch.setattr(sys, "argv", ["dev.py", *arguments])
+        monkeypatch.setattr(dev, "run", lambda command, **variables: found.append((command[3:], variables)) or 0)
+        assert dev.main() == 0
+        return [one for one in found if "-m" not in one[0] or "rounding" in one[0]][3:]
+
+    return call
+
+
+def test_the_tests_run_as_another_processor(ran: Callable[..., list[tuple]]):
+    [(command, variables)] = ran("test", "--as", "avx512-vnni", "--shuffle", "7", "tests/unit")
+    assert variables == {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+    assert command == ["-p", "randomly", "--randomly-seed=7", "tests/unit"]
+    [(command, variables)] = ran("test", "--threads", "2")
+    assert (command, variables) == ([], {"OMP_NUM_THREADS": "2"})
+
+
+def test_without_a_wish_the_touchy_tests_run_as_others_too(
+    ran: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]
+):
+    (touchy, played), (everything, own) = ran("test")
+    assert touchy == ["-n", "2", "--dist", "loadfile", "-q", "-m", "rounding"]
+    assert played == {"OMP_NUM_THREADS": "1", **processors.PROCESSORS["avx2"].variables}
+    assert (everything, own) == (["-n", "2", "--dist", "loadfile"], {"OMP_NUM_THREADS": "1"})
+    assert "as avx2-vnni: left out. This processor has no avx_vnni" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "says"), [("amx", "has no amx_int8"), ("z80", "there is: amx, avx512-bf16")])
+def test_a_processor_that_cannot_be_played_is_one_sentence(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
+    says: str,
+):  # fmt: skip
+    (tmp_path / "cpuinfo").write_text(CPUINFO)
+    monkeypatch.setattr(dev, "CPUINFO", tmp_path / "cpuinfo")
+    assert _call(dev, monkeypatch, "test", "--as", name) == (1, [])
+    assert says in capsys.readouterr().err
+    if name == "amx":  # where nobody says what the processor has, it is tried
+        assert processors.variables(name, "")
 
 
 # --- workflows --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from tfmq.kernels import float_conv, int_mm, table, triton_backend
 from tfmq.kernels.geometry import Geometry, StaticInput
 from tfmq.kernels.table import CONV2D_STATIC, LINEAR_STATIC
 
+pytestmark = pytest.mark.rounding
+
 CONVOLUTION = Geometry((6, 5, 3, 3), padding=(1, 1))
 GPU = torch.device("cuda")
 

@@ -8,6 +8,8 @@ from tfmq.kernels import onednn, reference
 from tfmq.kernels.geometry import Geometry, StaticInput, geglu
 from tfmq.kernels.table import BACKENDS, LINEAR_STATIC, MULTIPLY_GATED, Backend
 
+pytestmark = pytest.mark.rounding
+
 CPU = torch.device("cpu")
 GATING = [b for b in BACKENDS if hasattr(b.module, MULTIPLY_GATED)]
 DTYPES = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}

@@ -4,7 +4,11 @@ Inputs of the exact tests lie on the grid (scale a power of two), so that their 
 the product can be computed in float64, where it is exact.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ from tfmq.kernels.geometry import Geometry, StaticInput, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick, refusals
 from tfmq.quantizer import dequantize_weight
 
+pytestmark = pytest.mark.rounding
+ROOT = Path(__file__).resolve().parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 ZERO_POINTS = [0, 1, 117, 128, 254, 255]
@@ -413,6 +419,30 @@ def test_geometry_of_what_no_kernel_knows() -> None:
     assert geometry_of(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular")) == "padding mode circular"
     assert geometry_of(nn.Conv2d(3, 5, 3, padding="same")) == "padding 'same'"
     assert not Geometry((5, 3)).is_conv and Geometry((5, 3, 1, 1)).is_conv
+
+
+PLAYED = """
+import torch
+from tfmq.kernels import onednn, table
+from tfmq.kernels.geometry import Geometry
+
+geometry, cpu = Geometry((32, 64)), torch.device("cpu")
+print(table.pick(table.LINEAR_STATIC, cpu, geometry).name, onednn.missing(), onednn.fast_bfloat16())
+"""
+
+
+@pytest.mark.parametrize("bound", ["AVX2", "SSE41"])
+def test_onednn_is_asked_what_it_may_use(bound: str) -> None:
+    """The processor may have VNNI and oneDNN be kept from it: then its sums saturate."""
+    found = []
+    for more in ({}, {"ONEDNN_MAX_CPU_ISA": bound}):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "", "PYTHONPATH": str(ROOT), **more}
+        command = [sys.executable, "-c", PLAYED]
+        found.append(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    own, bounded = found
+    assert bounded.startswith("int_mm ") and bounded.rstrip().endswith(" False")
+    if own.startswith("onednn None"):
+        assert "no use of VNNI" in bounded
 
 
 def test_pick_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

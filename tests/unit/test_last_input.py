@@ -23,6 +23,8 @@ from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.solve import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
+pytestmark = pytest.mark.rounding
+
 CPU, K = torch.device("cpu"), 48
 KINDS = {
     "static": Scheme(activation=STATIC),

@@ -23,6 +23,8 @@ from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.solve import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
+pytestmark = pytest.mark.rounding
+
 CPU = torch.device("cpu")
 OPERATIONS = [LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC]
 Leaf = QuantLinear | QuantConv2d

@@ -18,6 +18,8 @@ from tfmq.scheme import NONE, STATIC, Scheme
 from tfmq.solve import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
+pytestmark = pytest.mark.rounding
+
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_onednn = pytest.mark.skipif(onednn.missing() is not None, reason=f"no oneDNN here: {onednn.missing()}")

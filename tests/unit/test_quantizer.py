@@ -21,6 +21,8 @@ from tfmq.quantizer import (
     search_range,
 )
 
+pytestmark = pytest.mark.rounding
+
 values = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
 

@@ -20,6 +20,8 @@ from tfmq.scheme import DYNAMIC, STATIC, Recipe, Scheme
 from tfmq.solve import solve_layer
 from tfmq.timeline import Clock, Partition, TimeAxis
 
+pytestmark = pytest.mark.rounding
+
 CLOCK = Clock(TimeAxis(0, 1), Partition.uniform(1))
 
 
