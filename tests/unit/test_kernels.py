@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from support.backends import DEVICES, able
-from tfmq.kernels import int_mm, onednn, reference
+from tfmq.kernels import int8_product, int_mm, onednn, reference
 from tfmq.kernels.geometry import Geometry, StaticInput, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick, refusals
 from tfmq.quantizer import dequantize_weight
@@ -419,6 +419,22 @@ def test_geometry_of_what_no_kernel_knows() -> None:
     assert geometry_of(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular")) == "padding mode circular"
     assert geometry_of(nn.Conv2d(3, 5, 3, padding="same")) == "padding 'same'"
     assert not Geometry((5, 3)).is_conv and Geometry((5, 3, 1, 1)).is_conv
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@given(st.integers(17, 40), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 1 << 30))
+@settings(max_examples=25)
+def test_the_int8_product_is_exact_either_way(exact: bool, m: int, n: int, k: int, ends: bool, seed: int) -> None:
+    """Whole where this processor adds exactly, and in two parts, which every processor adds exactly."""
+    if exact and not int8_product._try():
+        exact = False
+    q, codes = integers((m, 8 * k), -128, 127, seed), integers((8 * n, 8 * k), -128, 127, seed + 1)
+    if ends:  # as large as they can be, in runs of one sign
+        q, codes = (torch.where(t > -100, 127, -128) for t in (q, codes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_product, "_exact", exact)
+        got = int8_product.int8_product(q.to(torch.int8), codes.to(torch.int8))
+    assert got.dtype == torch.int32 and torch.equal(got.long(), q @ codes.t())
 
 
 PLAYED = """

@@ -17,8 +17,9 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import int_mm, reference
+from ..kernels import reference
 from ..kernels.geometry import Geometry
+from ..kernels.int8_product import MIN_ROWS, MULTIPLE, int8_product
 from ..kernels.table import LINEAR_STATIC, pick
 from ..packing import SHIFT, pack, signed_zero_point, unpack
 from ..temporal.fsc import quantize_activation, weight_codes, weight_grid
@@ -238,10 +239,10 @@ def _integer_product(q: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     if pick(LINEAR_STATIC, q.device, geometry).module is reference:
         acc = reference.integer_matmul(q, codes)
     else:
-        rows, columns = -codes.shape[0] % int_mm.MULTIPLE, -codes.shape[1] % int_mm.MULTIPLE
+        rows, columns = -codes.shape[0] % MULTIPLE, -codes.shape[1] % MULTIPLE
         padded = F.pad(codes, (0, columns, 0, rows)) if rows or columns else codes.contiguous()
-        q = F.pad(q, (0, columns, 0, max(0, int_mm.MIN_ROWS - q.shape[0])))
-        acc = torch._int_mm(q, padded.t())[:, : codes.shape[0]]
+        q = F.pad(q, (0, columns, 0, max(0, MIN_ROWS - q.shape[0])))
+        acc = int8_product(q, padded)[:, : codes.shape[0]]
     return acc[:rows_in], acc[rows_in]
 
 

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from ..quantizer import per_channel, quantize_affine, quantize_rows
 from . import reference
 from .geometry import Codes, Geometry, StaticInput, code_sums
+from .int8_product import MIN_ROWS, MULTIPLE, int8_product
 
-MIN_ROWS = 17  # cuBLASLt's int8 product wants more than 16 rows, and inner and outer sizes divisible by 8
-MULTIPLE = 8
 PATCH_BYTES = 256 << 20  # gathered patches of one convolution at a time
 
 
@@ -45,7 +44,7 @@ def matmul(q: Tensor, weight: Prepared) -> Tensor:
     pad_rows, pad_columns = max(0, MIN_ROWS - m), weight.codes.shape[1] - k
     if pad_rows or pad_columns:
         q = F.pad(q, (0, pad_columns, 0, pad_rows))
-    return torch._int_mm(q.contiguous(), weight.codes.t())[:m, : weight.sums.shape[0]]
+    return int8_product(q.contiguous(), weight.codes)[:m, : weight.sums.shape[0]]
 
 
 def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:

@@ -83,19 +83,28 @@ def missing() -> str | None:
     vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
     if vnni is None or not vnni():
         return "the processor has no VNNI instructions"
-    # A compiler that traces this would take the probe into its graph. By then a leaf has mostly run.
-    if not torch.compiler.is_compiling() and not _adds_exactly():
+    if not _adds_exactly():
         return "oneDNN makes no use of VNNI instructions here (is ONEDNN_MAX_CPU_ISA set?)"
     return None
 
 
-@lru_cache(maxsize=1)
+_exact: bool | None = None
+
+
 def _adds_exactly() -> bool:
     """Whether the sums are those of integers, where no pair of products fits in 16 bits.
 
     Without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, oneDNN adds pairs in int16, which saturates. It reads the
-    variable once per process; no function that torch exports says what it made of it.
+    variable once per process; no function that torch exports says what it made of it. A compiler that comes first
+    believes the processor: its graph would take the trial in.
     """
+    global _exact
+    if _exact is None and not torch.compiler.is_compiling():
+        _exact = _try()
+    return _exact is not False
+
+
+def _try() -> bool:
     k = 64
     with torch.inference_mode():
         packed = torch.ops.onednn.qlinear_prepack(torch.full((16, k), 127, dtype=torch.int8), None)
