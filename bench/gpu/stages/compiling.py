@@ -24,12 +24,12 @@ except ImportError:
 from bench import speed_ops
 from bench.gpu.launches import Launch, forced, kept
 from bench.gpu.layers import Place
-from bench.gpu.stages import parity
+from bench.gpu.stages import ops, parity
 from bench.gpu.truth import Silent
 from tfmq.kernels import triton_launch as launch
 from tfmq.kernels import triton_tune
 from tfmq.kernels.geometry import Geometry
-from tfmq.kernels.triton_tune import Machine, Shape, Tile
+from tfmq.kernels.triton_tune import Machine, Tile
 
 __all__ = ["cases", "parallel"]
 
@@ -81,26 +81,27 @@ def everything(at: Machine) -> dict[str, Launch]:
     with torch.inference_mode(), kept(found):
         for run in parity.kernels(at.capability).values():
             run(place=Place(CPU, Silent()))
-        for group in (0, GROUP):
-            for shape in dict.fromkeys(shape for shapes in speed_ops.SHAPES.values() for shape in shapes):
+        for shape in ops.SHAPES:
+            for group in (0, GROUP):
                 products(shape, at, group)
+        for shape in dict.fromkeys(shape for shapes in speed_ops.SHAPES.values() for shape in shapes):
+            products(shape, at, 0)
     return found
 
 
 def products(shape: speed_ops.Conv | speed_ops.Linear, at: Machine, group: int, dtype: torch.dtype = torch.float16) -> None:
     """Launch the product of a shape with every tile that would be timed for it, and every shipped one, on few rows;
     with a bias and, where it is a Linear in 8 bits, without, as layers for q, k and v are."""
-    m, _, n = speed_ops.product_size(shape)
+    _, _, n = speed_ops.product_size(shape)
     if isinstance(shape, speed_ops.Conv):
-        c, taps = shape.c, shape.kernel**2
+        c = shape.c
         geometry = Geometry((n, c, shape.kernel, shape.kernel), (shape.stride,) * 2, (shape.kernel // 2,) * 2)
     else:
-        c, taps, geometry = shape.k, 1, Geometry((n, shape.k))
-    tiles = triton_tune.candidates(Shape("", m, n, c, taps), at)
+        c, geometry = shape.k, Geometry((n, shape.k))
     place = Place(CPU, Silent())
     weight = _weight(geometry, group)
     grid, bias = place.grid(), torch.empty(n, dtype=dtype)
-    for tile in dict.fromkeys([*triton_tune._worth_timing(tiles), *triton_tune.tiles_of(at.capability)]):
+    for tile in ops.tiles(shape, at):
         with forced(tile):
             if geometry.is_conv:
                 few = 2 * shape.kernel, 16 + 2 * (shape.kernel // 2)  # type: ignore[union-attr]
