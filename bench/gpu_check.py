@@ -3,8 +3,9 @@
     python3 -m bench.gpu_check --budget SECONDS --out FOLDER [--device cpu|cuda] [--host FOLDER]
 
 Each stage is a process of its own that adds a JSON line per case to FOLDER/results.jsonl as soon as it has it; what
-crashes, hangs or takes a CUDA error along loses that case alone. FOLDER/summary.txt, printed last, names every case that
-failed and every stage that was cut short; FOLDER/log.txt has what the processes said. No other file is written.
+crashes, hangs or takes a CUDA error along loses that case alone. FOLDER/summary.txt, printed last, names every case
+that failed and every stage that was cut short; FOLDER/log.txt has what the processes said. The stage comfy, which needs
+a ComfyUI, leaves FOLDER/pictures.pt as well.
 
 With --device cpu the kernels run in Triton's interpreter at toy sizes and a few are compiled for GPUs that are not
 here; stages that need a GPU say so. Exit code: 0 if nothing failed (stages that were cut, or had nothing to do here,

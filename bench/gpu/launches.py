@@ -1,4 +1,4 @@
-"""What our launch code launches: kept instead of launched, compiled, or run with a tile of one's choice. Needs Triton."""
+"""What our launch code launches: kept instead, compiled, or run with a tile of one's choice. Needs Triton."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Launch:
 
     @property
     def name(self) -> str:
-        constants = {n: v for n, v in self.options.items() if n in self.kernel.arg_names}
-        short = [f"{n.lower()}={v:d}" if isinstance(v, bool) else f"{n.lower()}={v}" for n, v in constants.items()]
-        more = [f"{n}={v}" for n, v in self.options.items() if n in ("num_warps", "num_stages")]
+        constants = {n.lower(): v for n, v in self.options.items() if n in self.kernel.arg_names and n != "SWIZZLE"}
+        short = [n if v is True else f"{n}={v}" for n, v in constants.items() if v is not False]
+        more = [f"{n[4:]}={v}" for n, v in self.options.items() if n in ("num_warps", "num_stages")]
         given = []
         for parameter, argument in zip(self.kernel.params, self.args, strict=False):
             kind, fixed, aligned = _argument(parameter, argument)

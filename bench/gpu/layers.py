@@ -72,15 +72,13 @@ class Place:
         each = factor.repeat_interleave(group, 1) * (codes.long() - zero.repeat_interleave(group, 1))
         return Layer(triton_backend.prepare_packed(packed, geometry), each.to(torch.int8), geometry)
 
-    def image(
-        self, b: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32, last: bool = False
-    ) -> Tensor:
+    def image(self, b: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
         x = self.normal(b, c, h, w, dtype=dtype) * 3
         return x.contiguous(memory_format=torch.channels_last) if last else x
 
     def check_linear(
-        self, what: str, layer: Layer, x: Tensor, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None,
-        dynamic: bool = False, bits: int = 8,
+        self, what: str, layer: Layer, x: Tensor, grid: StaticInput, bias: Tensor | None,
+        residual: Tensor | None = None, dynamic: bool = False, bits: int = 8,
     ) -> Tensor:  # fmt: skip
         """A Linear and both its halves against float64; returns its result."""
         flat = x.reshape(-1, x.shape[-1])

@@ -40,7 +40,6 @@ def quantize(network: nn.Module, inputs: tuple[Any, ...]) -> int:
         for hook in hooks:
             hook.remove()
     clock = Clock(TimeAxis(0.0, 999.0), Partition.uniform(1))
-    clock.set(inputs[1])
     count = 0
     for path, (low, high) in ends.items():
         module = layers.pop(path)
@@ -55,5 +54,6 @@ def quantize(network: nn.Module, inputs: tuple[Any, ...]) -> int:
         put(network, path, leaf(state, geometry, clock, module.bias))
         del module
         count += 1
+    clock.set(inputs[1])
     chain_norms(network)
     return count

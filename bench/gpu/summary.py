@@ -27,7 +27,9 @@ def summary(records: list[Record], seconds: float) -> list[str]:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             figures.append(f"{part.__name__.strip('_')}: cannot be summed up ({type(error).__name__}: {error})")
     stages = _stages(records)
-    head = [f"TFMQ GPU check: {seconds:.0f} s, {len(bad)} failed" if bad else f"TFMQ GPU check: {seconds:.0f} s, all well"]
+    head = [
+        f"TFMQ GPU check: {seconds:.0f} s, {len(bad)} failed" if bad else f"TFMQ GPU check: {seconds:.0f} s, all well"
+    ]
     room = LINES - len(head) - len(stages) - 1
     faults = _faults(bad, max(room // 2, room - len(figures)))
     lines = [*head, *stages, *faults, *figures]
@@ -37,7 +39,7 @@ def summary(records: list[Record], seconds: float) -> list[str]:
 
 
 def _stages(records: list[Record]) -> list[str]:
-    asked = next((r.get("stages", []) for r in records if r.get("event") == "run"), [])
+    asked: list[str] = next((r.get("stages", []) for r in records if r.get("event") == "run"), [])
     lines = []
     for name in asked:
         own = [r for r in records if r.get("stage") == name]
@@ -61,12 +63,28 @@ def _stages(records: list[Record]) -> list[str]:
 def _faults(bad: list[Record], room: int) -> list[str]:
     """Every case by name; with its error while there is room."""
     cases = [r for r in bad if r["event"] in BAD]
-    names = textwrap.wrap("also: " + ", ".join(f"{r['stage']}/{r['case']} {r['event']}" for r in cases), WIDTH - 10)
-    whole = len(cases) if len(cases) <= room else max(0, room - len(names))
-    lines = [f"{r['event'].upper()} {r['stage']}/{r['case']}: {r.get('error', '')}" for r in cases[:whole]]
-    if whole < len(cases):
-        rest = ", ".join(f"{r['stage']}/{r['case']} {r['event']}" for r in cases[whole:])
-        lines += textwrap.wrap(f"also: {rest}", WIDTH - 10)
+    whole = len(cases)
+    if 2 * whole > room:
+        whole = max(0, (room - len(_packed([_named(r) for r in cases]))) // 2)
+    lines = []
+    for r in cases[:whole]:
+        text = f"{r['event'].upper()} {r['stage']}/{r['case']}: {r.get('error', '')}"
+        lines += textwrap.wrap(text, WIDTH, max_lines=2, placeholder="...", subsequent_indent="    ")
+    return lines + _packed([_named(r) for r in cases[whole:]])
+
+
+def _named(record: Record) -> str:
+    return f"{record['stage']}/{record['case']} {record['event']}"
+
+
+def _packed(names: list[str]) -> list[str]:
+    """As few lines as hold all names; none is broken."""
+    lines: list[str] = []
+    for name in names:
+        if lines and len(lines[-1]) + len(name) + 2 <= WIDTH:
+            lines[-1] += f", {name}"
+        else:
+            lines.append(f"also: {name}")
     return lines
 
 
@@ -86,8 +104,8 @@ def _env(records: list[Record]) -> list[str]:
     lines = []
     if "versions" in found:
         lines.append(", ".join(f"{name} {value}" for name, value in found["versions"].items()))
-    reached = [f"{name} {found[name][key]:.0f} {unit}" for name, key, unit in (
-        ("copy", "gb_per_s", "GB/s"), ("fp16", "tops", "TFLOPS"), ("int_mm", "tops", "TOPS")) if name in found]  # fmt: skip
+    units = {"copy": ("gb_per_s", "GB/s"), "fp16": ("tops", "TFLOPS"), "int_mm": ("tops", "TOPS")}
+    reached = [f"{name} {found[name][key]:.0f} {unit}" for name, (key, unit) in units.items() if name in found]
     if "compiler" in found:
         reached.append("compiler {compiler}, Python.h {python_h}".format(**found["compiler"]))
     return [*lines, *([", ".join(reached)] if reached else [])]
@@ -171,7 +189,10 @@ def _compiled(records: list[Record]) -> list[str]:
 def _comfy(records: list[Record]) -> list[str]:
     lines = []
     for name, data in _data(records, "comfy").items():
-        lines.append(f"comfy {name}: " + ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in data.items()))
+        lines.append(
+            f"comfy {name}: "
+            + ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in data.items())
+        )
     return lines
 
 

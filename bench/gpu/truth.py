@@ -64,7 +64,9 @@ class Judge:
         if int((codes < -half).sum() + (codes >= half).sum() + (rows.codes[:, k:] != 0).sum()):
             raise Wrong(f"{what}: a code beyond {bits} bits, or none where there is no channel")
         off = (offset[:, None] + scale[:, None] * codes - value).abs()
-        self._bound(what, off, ((0.5 + CODE_SLACK) * scale + near + 4 * ROUNDING * half * scale)[:, None].expand_as(off))
+        self._bound(
+            what, off, ((0.5 + CODE_SLACK) * scale + near + 4 * ROUNDING * half * scale)[:, None].expand_as(off)
+        )
 
     def product(
         self, what: str, y: Tensor, acc: Tensor, sums: Tensor, scale: Tensor, grid: StaticInput | None,

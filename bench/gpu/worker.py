@@ -60,6 +60,8 @@ def work(job: Job) -> int:
         plant = os.environ.get(PLANT)
         if plant:
             importlib.import_module(plant).plant(job.stage)
+        if job.device == "cuda" and job.stage != "compile":  # which forks, and so may not touch the device
+            _require_gpu()
         module = importlib.import_module(f"bench.gpu.stages.{MODULES.get(job.stage, job.stage)}")
         cases: list[Case] = module.cases(job)
     except Absent as reason:
@@ -87,7 +89,8 @@ def attempt(case: Case, tell: Callable[..., None], device: str) -> bool:
     import torch
 
     started = time.perf_counter()
-    status, more = OK, {}
+    status = OK
+    more: dict[str, Any] = {}
     try:
         with torch.inference_mode():
             more["data"] = case.run() or {}
@@ -103,6 +106,13 @@ def attempt(case: Case, tell: Callable[..., None], device: str) -> bool:
     alive = device != "cuda" or status in (OK, SKIPPED) or _answers()
     tell(status, case=case.name, seconds=round(time.perf_counter() - started, 3), **more)
     return alive
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU here: --device cpu checks what a CPU can")
 
 
 def _answers() -> bool:

@@ -3,6 +3,6 @@
 Load it with `-p support.interpreted` into a process of its own that has TRITON_INTERPRET=1 from its start on.
 """
 
-from devkit import interpreted
+from bench.gpu import interpreted
 
 interpreted.install()

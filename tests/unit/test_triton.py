@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import cross
 from devkit.paths import ROOT
 from tfmq.kernels import triton_backend, triton_tune
 from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
@@ -60,11 +59,18 @@ ALIGNED = {"n", "c", "k", "q_k", "q_c", "stride_m", "stride_w"}  # numbers that 
 
 def build(kernel, capability: int, options: dict[str, int], **constants):
     """Compile for a GPU that is not here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     names = kernel.arg_names
     types = {**POINTERS, **({"codes": "*u8"} if constants.get("GROUP") else {})}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n in ALIGNED]
-    return cross.compile_for(kernel, capability, signature, constants, aligned, options)
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED
+    }
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False, residual: bool = False):
@@ -84,8 +90,17 @@ def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic:
 
 def check(built, capability: int) -> None:
     """There is machine code, it fits the GPU, and keeps its sums in registers."""
+    from triton import knobs
+
     assert built.metadata.shared <= SHARED_MEMORY[capability]
-    registers, stack, local = cross.usage(built)
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "checked.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
     assert registers <= 255 and local == 0
     assert stack <= 64, f"{stack} bytes of registers spilled"
 

@@ -43,7 +43,9 @@ def cases(job: Job) -> list[Case]:
     if job.device == "cuda":
         at = _machine()
         found = everything(at)
-        return [Case(name, one.compile, LIMIT) for name, one in found.items()]  # for the GPU that is here
+        return [
+            Case(name, partial(one.compile, None), LIMIT) for name, one in found.items()
+        ]  # for the GPU that is here
     some = handful()
     return [
         Case(f"sm_{capability} {name}", partial(one.compile, capability), LIMIT)
@@ -76,7 +78,7 @@ def _machine() -> Machine:
 
 
 def everything(at: Machine) -> dict[str, Launch]:
-    """What the stages launch on this GPU, by name: first those of `parity`, then those of single layers, of networks."""
+    """What the stages launch on this GPU, by name: those of `parity`, of single layers, of networks."""
     found: dict[str, Launch] = {}
     with torch.inference_mode(), kept(found):
         for run in parity.kernels(at.capability).values():
@@ -89,7 +91,9 @@ def everything(at: Machine) -> dict[str, Launch]:
     return found
 
 
-def products(shape: speed_ops.Conv | speed_ops.Linear, at: Machine, group: int, dtype: torch.dtype = torch.float16) -> None:
+def products(
+    shape: speed_ops.Conv | speed_ops.Linear, at: Machine, group: int, dtype: torch.dtype = torch.float16
+) -> None:
     """Launch the product of a shape with every tile that would be timed for it, and every shipped one, on few rows;
     with a bias and, where it is a Linear in 8 bits, without, as layers for q, k and v are."""
     _, _, n = speed_ops.product_size(shape)

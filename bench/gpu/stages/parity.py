@@ -18,10 +18,10 @@ try:
 except ImportError:
     raise Absent("Triton is not installed") from None
 
+from bench.gpu import interpreted
 from bench.gpu.launches import forced
 from bench.gpu.layers import DTYPES, Place, odd_from
 from bench.gpu.truth import NORM_SLACK, product_sums
-from devkit import interpreted
 from tfmq.kernels import triton_backend, triton_tune
 from tfmq.kernels import triton_launch as launch
 from tfmq.kernels.geometry import Geometry, Norm
@@ -79,7 +79,9 @@ def kernels(capability: tuple[int, int]) -> dict[str, Parity]:
             some = None if whole and tile == PLAIN else 3
             found[f"linear {name}{kind}"] = partial(linears, dtype, tile, some)
             found[f"conv {name}{kind}"] = partial(convolutions, dtype, tile, some)
-            found[f"int4 {name}{kind}"] = partial(four_bits, dtype, tile, (16, 32, 64, 128) if some is None else (32, 128))
+            found[f"int4 {name}{kind}"] = partial(
+                four_bits, dtype, tile, (16, 32, 64, 128) if some is None else (32, 128)
+            )
     found["views"], found["layouts"] = views, layouts
     for tile in triton_tune.tiles_of(capability):
         found[f"tile {_text(tile)}"] = partial(one_tile, tile)
@@ -114,7 +116,9 @@ def codes(dtype: torch.dtype, count: int | None = None, *, place: Place) -> None
             x = place.normal(m, k, dtype=dtype) * 3
             q = launch.quantize_matrix(x, grid, launch.round_up(k))
             place.judge.static_codes(f"matrix, {m} x {k}", q, x.double(), grid)
-    for (b, c, h, w), pad in (((2, 24, 5, 7), 1), ((1, 3, 9, 9), 0), ((3, 130, 6, 5), 2), ((2, 320, 33, 31), 1))[:count]:
+    for (b, c, h, w), pad in (((2, 24, 5, 7), 1), ((1, 3, 9, 9), 0), ((3, 130, 6, 5), 2), ((2, 320, 33, 31), 1))[
+        :count
+    ]:
         for last in (False, True):
             x, grid = place.image(b, c, h, w, dtype, last), place.grid(c)
             q = launch.quantize_image(x, grid, launch.round_up(c), (pad, pad))
@@ -225,9 +229,7 @@ def _normed(dtype: torch.dtype, tile: Tile, place: Place) -> None:
         place.judge.product("result, behind a norm", flat, acc, sums, layer.weight.scale, grid, None, bias, None)
 
 
-def four_bits(
-    dtype: torch.dtype, tile: Tile, groups: tuple[int, ...] = (16, 32, 64, 128), *, place: Place
-) -> None:
+def four_bits(dtype: torch.dtype, tile: Tile, groups: tuple[int, ...] = (16, 32, 64, 128), *, place: Place) -> None:
     """Packed weights in every size of their groups."""
     for group in groups:
         for geometry in (Geometry((37, 3 * group)), Geometry((70, 2 * group, 3, 3), padding=(1, 1))):
@@ -285,7 +287,9 @@ def views(*, place: Place) -> None:
         static = triton_backend.linear_static(plain, weight, grid, bias, residual)
         dynamic = triton_backend.linear_dynamic(plain, weight, grid.inverse_balance, bias)
         for how, x in odd_from(plain):
-            place.judge.equal(f"static, input {how}", triton_backend.linear_static(x, weight, grid, bias, residual), static)
+            place.judge.equal(
+                f"static, input {how}", triton_backend.linear_static(x, weight, grid, bias, residual), static
+            )
             y = triton_backend.linear_dynamic(x, weight, grid.inverse_balance, bias)
             place.judge.equal(f"per token, input {how}", y, dynamic)
         for how, moved in odd_from(residual):
@@ -441,4 +445,3 @@ def large_image(*, place: Place) -> None:
         y = triton_backend.conv2d_static(x, layer.weight, grid, None)[:, :, -20:, -20:]
         corner = place.check_conv("corner", layer, x[:, :, -21:, -21:].contiguous(), grid, None)
         place.judge.equal("corner", y.contiguous(), corner[:, :, 1:, 1:].contiguous())
-

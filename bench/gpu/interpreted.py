@@ -14,8 +14,10 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    from bench.interpreter import mend
     from tfmq.kernels import triton_backend
 
+    mend()
     backend: Any = triton_backend
     backend.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
     convert = interpreter._convert_float
