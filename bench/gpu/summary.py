@@ -27,9 +27,7 @@ def summary(records: list[Record], seconds: float) -> list[str]:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             figures.append(f"{part.__name__.strip('_')}: cannot be summed up ({type(error).__name__}: {error})")
     stages = _stages(records)
-    head = [
-        f"TFMQ GPU check: {seconds:.0f} s, {len(bad)} failed" if bad else f"TFMQ GPU check: {seconds:.0f} s, all well"
-    ]
+    head = [f"TFMQ GPU check: {seconds:.0f} s, {len(bad)} failed"]
     room = LINES - len(head) - len(stages) - 1
     faults = _faults(bad, max(room // 2, room - len(figures)))
     lines = [*head, *stages, *faults, *figures]

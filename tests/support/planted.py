@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -12,6 +13,11 @@ def plant(stage: str) -> None:
     if stage == "env":
         from bench.gpu.stages import env
 
+        def breaks() -> dict[str, Any]:
+            raise RuntimeError("planted: an illegal memory access was encountered")
+
+        env._versions = breaks
+        sys.modules["__main__"]._answers = lambda device: False  # type: ignore[attr-defined]
         env._compiler = lambda: os.kill(os.getpid(), signal.SIGSEGV)
     elif stage == "compile":
         from bench.gpu import launches

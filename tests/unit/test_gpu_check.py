@@ -84,7 +84,8 @@ def test_a_machine_without_a_gpu(tmp_path: Path) -> None:
 
 @needs_triton
 def test_planted_faults_are_named_and_lose_nothing_else(tmp_path: Path) -> None:
-    """A kernel that raises, one that hangs, wrong sums; a process that is killed, in a stage and in a part of one."""
+    """A kernel that raises, one that hangs, wrong sums; an error behind which the device answers no more; processes
+    that are killed, of a stage and of a part of one."""
     found = check(
         tmp_path / "out", "--stages", "env,compile,parity", "--case-limit", "12", plant="support.planted", budget=120
     )
@@ -92,7 +93,7 @@ def test_planted_faults_are_named_and_lose_nothing_else(tmp_path: Path) -> None:
     tile = next(name for name in found.events("parity") if name.startswith("tile"))
     died = next(name for name in found.events("compile") if name.startswith("sm_90 quantize"))
     expected = {
-        "env": {"compiler": "crashed"}, "compile": {died: "crashed"},
+        "env": {"versions": "failed", "compiler": "crashed"}, "compile": {died: "crashed"},
         "parity": {"rows bfloat16": "failed", "linear float16": "failed", "int4 float32": "failed",
                    "norms float32": "hung", tile: "wrong", "views": "failed"},
     }  # fmt: skip
@@ -104,7 +105,7 @@ def test_planted_faults_are_named_and_lose_nothing_else(tmp_path: Path) -> None:
         for case, event in faults.items():
             assert f"{event.upper()} {stage}/{case}" in said
     assert {"versions", "compiler"} == set(found.events("env")) and len(found.events("compile")) == 6
-    for word in ("SIGSEGV", "SIGKILL", "planted: no such block", "no end after 12 s", "1 of "):
+    for word in ("SIGSEGV", "SIGKILL", "planted: no such block", "illegal memory access", "no end after 12 s", "1 of "):
         assert word in said
 
 
