@@ -113,6 +113,8 @@ class Supervisor:
             caches["TORCHINDUCTOR_CACHE_DIR"] = f"{work}/inductor"
             # Lines of another process's standard output are not to wait for it to end.
             self.environment = {**os.environ, **caches, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+            # To ask whether there is a GPU may not take hold of it: the stage `compile` forks.
+            self.environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             if self.host:
                 self.environment["COMFYUI_PATH"] = self.host
             try:

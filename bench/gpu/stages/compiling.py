@@ -6,12 +6,16 @@ find them in Triton's cache. Without a GPU a handful is compiled for ones that a
 
 from __future__ import annotations
 
+import math
 import os
-import sys
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.gpu.case import Absent, Case, Job
 from bench.gpu.worker import spread as parallel
@@ -21,15 +25,15 @@ try:
 except ImportError:
     raise Absent("Triton is not installed") from None
 
-from bench import speed_ops
+from bench import speed_networks, speed_ops, unet
 from bench.gpu.launches import Launch, forced, kept
 from bench.gpu.layers import Place
 from bench.gpu.stages import ops, parity
 from bench.gpu.truth import Silent
+from tfmq.kernels import triton_backend, triton_tune
 from tfmq.kernels import triton_launch as launch
-from tfmq.kernels import triton_tune
-from tfmq.kernels.geometry import Geometry
-from tfmq.kernels.triton_tune import Machine, Tile
+from tfmq.kernels.geometry import Geometry, Norm, geometry_of
+from tfmq.kernels.triton_tune import Machine, Shape, Tile
 
 __all__ = ["cases", "parallel"]
 
@@ -41,8 +45,7 @@ GROUP = 64  # of 4-bit weights in speed_ops
 
 def cases(job: Job) -> list[Case]:
     if job.device == "cuda":
-        at = _machine()
-        found = everything(at)
+        found = everything(Apart(_machine).result())
         return [
             Case(name, partial(one.compile, None), LIMIT) for name, one in found.items()
         ]  # for the GPU that is here
@@ -53,41 +56,57 @@ def cases(job: Job) -> list[Case]:
     ]  # fmt: skip
 
 
-def _machine() -> Machine:
-    """Asked in a process of its own: what is forked later may not meet a device that is in use."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            text = repr(tuple(triton_tune.machine(torch.device("cuda", 0))))
-        except Exception as error:
-            text = repr(str(error))
-        os.write(write, text.encode())
-        sys.stdout.flush()
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as stream:
-        said = stream.read().decode()
-    os.waitpid(child, 0)
-    import ast
+class Apart:
+    """A function's result, found in a process of its own: what is forked from this one may not meet a device that is in
+    use, nor modules that ask for one."""
 
-    found = ast.literal_eval(said)
-    if isinstance(found, str):
-        raise RuntimeError(f"the GPU cannot be asked: {found}")
-    return Machine(*found)
+    def __init__(self, function: Callable[[], Any]) -> None:
+        read, write = os.pipe()
+        self.child = os.fork()
+        if not self.child:
+            try:
+                said = pickle.dumps((True, function()))
+            except BaseException as error:
+                said = pickle.dumps((False, f"{type(error).__name__}: {error}"))
+            with os.fdopen(write, "wb") as stream:
+                stream.write(said)
+            os._exit(0)
+        os.close(write)
+        self.stream = os.fdopen(read, "rb")
+
+    def result(self) -> Any:
+        """Raises RuntimeError where the function raised or its process died."""
+        with self.stream as stream:
+            said = stream.read()
+        os.waitpid(self.child, 0)
+        well, found = pickle.loads(said) if said else (False, "its process died")
+        if not well:
+            raise RuntimeError(found)
+        return found
+
+
+def _machine() -> Machine:
+    return triton_tune.machine(torch.device("cuda", 0))
 
 
 def everything(at: Machine) -> dict[str, Launch]:
     """What the stages launch on this GPU, by name: those of `parity`, of single layers, of networks."""
     found: dict[str, Launch] = {}
+    networks = [Apart(partial(layers_of, model)) for model in unet.CONFIGS]
     with torch.inference_mode(), kept(found):
         for run in parity.kernels(at.capability).values():
             run(place=Place(CPU, Silent()))
         for shape in ops.SHAPES:
             for group in (0, GROUP):
                 products(shape, at, group)
-        for shape in dict.fromkeys(shape for shapes in speed_ops.SHAPES.values() for shape in shapes):
-            products(shape, at, 0)
+        for network in networks:
+            try:
+                layers = network.result()
+            except RuntimeError as error:  # the networks will compile theirs themselves
+                print(f"the layers of a network are not known: {error}", flush=True)
+                continue
+            for layer in layers:
+                layer.launch(at)
     return found
 
 
@@ -117,6 +136,60 @@ def products(
                 launch.product(q, weight, grid, None, bias, dtype)
                 if not group:
                     launch.product(q, weight, grid, None, None, dtype)
+
+
+@dataclass(frozen=True)
+class NetworkLayer:
+    """A layer that is quantized, and the shape that its input has in a step. normed: behind a norm and SiLU."""
+
+    geometry: Geometry
+    bias: bool
+    normed: bool
+    shape: tuple[int, ...]
+
+    def launch(self, at: Machine, dtype: torch.dtype = torch.float16) -> None:
+        """With every tile that would be timed for it; an image also as the host's layout has it."""
+        n, c = self.geometry.shape[:2]
+        size = self.geometry.output_size(*self.shape[2:]) if self.geometry.is_conv else self.shape[1:-1]
+        m, taps = math.prod((self.shape[0], *size)), math.prod(self.geometry.shape[2:])
+        tiles = triton_tune._worth_timing(triton_tune.candidates(Shape("", m, n, c, taps), at))
+        weight, grid = _weight(self.geometry, 0), Place(CPU, Silent()).grid()
+        bias = torch.empty(n, dtype=dtype) if self.bias else None
+        for tile in tiles:
+            with forced(tile):
+                if not self.geometry.is_conv:
+                    triton_backend.linear_static(torch.empty(self.shape, dtype=dtype), weight, grid, bias)
+                    continue
+                for order in (torch.channels_last, torch.contiguous_format):
+                    x = torch.empty(self.shape, dtype=dtype, memory_format=order)
+                    if self.normed:
+                        norm = Norm(32, torch.empty(c, dtype=dtype), torch.empty(c, dtype=dtype), 1e-5)
+                        triton_backend.conv2d_static_normed(x, weight, grid, bias, norm)
+                    else:
+                        triton_backend.conv2d_static(x, weight, grid, bias)
+
+
+def layers_of(model: str) -> list[NetworkLayer]:
+    """Those of a network of bench/unet.py, each kind once, in the order of a step."""
+    config = unet.CONFIGS[model]
+    with torch.device("meta"):
+        network = unet.UNetModel(config).half()
+    keep = speed_networks.kept_in_float(network)
+    chains = [chain for m in network.modules() if isinstance(m, unet.ResBlock) for chain in (m.in_layers, m.out_layers)]
+    normed = {id(chain[-1]) for chain in chains}
+    found: dict[NetworkLayer, None] = {}
+
+    def look(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        geometry = geometry_of(module)
+        if isinstance(geometry, Geometry):
+            bias = getattr(module, "bias", None) is not None
+            found[NetworkLayer(geometry, bias, id(module) in normed, tuple(given[0].shape))] = None
+
+    for path, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and path not in keep:
+            module.register_forward_pre_hook(look)
+    network(*unet.inputs(config, speed_networks.BATCH, torch.float16, torch.device("meta")))
+    return list(found)
 
 
 def _weight(geometry: Geometry, group: int) -> launch.Prepared:
