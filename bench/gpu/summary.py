@@ -125,19 +125,25 @@ def _compile(records: list[Record]) -> list[str]:
     return [line + "".join(f", {count} {name}" for name, count in instructions.items())]
 
 
+OPS = {"fp16": "fp16", "int_mm": "int_mm", "product_w8a8": "product", "quantize": "quantize", "ours_w8a8": "ours",
+       "ours_w4a8": "W4A8"}  # fmt: skip
+
+
 def _ops(records: list[Record]) -> list[str]:
-    found = _data(records, "ops")
+    """A table: a line must hold the ratio and the tiles."""
     lines = []
-    for name, data in found.items():
+    for name, data in _data(records, "ops").items():
         us = data.get("median_us", {})
-        line = name + ": " + ", ".join(f"{key.removesuffix('_w8a8')} {value:.1f}" for key, value in us.items()) + " us"
-        if "ours_w8a8" in us and "fp16" in us:
-            line += f"; fp16 / ours {us['fp16'] / us['ours_w8a8']:.2f}"
+        line = f"{name:30s}" + "".join(f"{us[key]:9.1f}" if key in us else f"{'-':>9s}" for key in OPS)
+        both = "ours_w8a8" in us and "fp16" in us
+        line += f"{us['fp16'] / us['ours_w8a8']:13.2f}" if both else f"{'-':>13s}"
         best, chosen = data.get("best"), data.get("chosen")
-        if best and chosen:
-            line += f"; tile {_tile(chosen['tile'])} {chosen['us']:.1f}, best {_tile(best['tile'])} {best['us']:.1f}"
+        if best:
+            before = f"{_tile(chosen['tile'])} {chosen['us']:.1f}" if chosen else "-"
+            line += f"  {before}; {_tile(best['tile'])} {best['us']:.1f}"
         lines.append(line)
-    return lines
+    head = f"{'ops, us by graph':30s}" + "".join(f"{title:>9s}" for title in OPS.values())
+    return [f"{head}{'fp16 / ours':>13s}  tile chosen; best", *lines] if lines else []
 
 
 def _tile(tile: list[int]) -> str:

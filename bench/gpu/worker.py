@@ -60,7 +60,8 @@ def work(job: Job) -> int:
         plant = os.environ.get(PLANT)
         if plant:
             importlib.import_module(plant).plant(job.stage)
-        if job.device == "cuda" and job.stage != "compile":  # which forks, and so may not touch the device
+        # `env` tells what there is in any case; `compile` forks, and so may not touch the device.
+        if job.device == "cuda" and job.stage not in ("env", "compile"):
             _require_gpu()
         module = importlib.import_module(f"bench.gpu.stages.{MODULES.get(job.stage, job.stage)}")
         cases: list[Case] = module.cases(job)
