@@ -95,7 +95,7 @@ def attempt(case: Case, tell: Callable[..., None], device: str) -> bool:
     try:
         with torch.inference_mode():
             more["data"] = case.run() or {}
-        if device == "cuda":
+        if device == "cuda" and torch.cuda.is_initialized():  # an error of a kernel belongs to its case
             torch.cuda.synchronize()
     except Absent as reason:
         status, more = SKIPPED, {"error": str(reason)}
@@ -120,7 +120,7 @@ def _answers(device: str) -> bool:
     """Whether the device still computes; after some CUDA errors it does not in this process."""
     import torch
 
-    if device != "cuda":
+    if device != "cuda" or not torch.cuda.is_initialized():
         return True
     with contextlib.suppress(Exception):
         torch.cuda.synchronize()
