@@ -74,19 +74,19 @@ def build(name: str, model: str, device: torch.device, cache: Path) -> Contender
     kind, _, compiled = name.partition("_")
     if kind not in dtypes:
         raise Missing(f"there is no contender {name}")
-    network = _float(config, device, dtypes[kind])
+    network = float_network(config, device, dtypes[kind])
     run: Any = torch.compile(network) if compiled else network
     inputs = unet.inputs(config, BATCH, dtypes[kind], device)
     return Contender(lambda: run(*inputs), resident(network))
 
 
-def _float(config: unet.Config, device: torch.device, dtype: torch.dtype) -> unet.UNetModel:
+def float_network(config: unet.Config, device: torch.device, dtype: torch.dtype) -> unet.UNetModel:
     """Channels last in 16 bits; in float32 as it comes, which is how the host runs it."""
     with torch.device("meta"):
-        network = unet.UNetModel(config)
-    network = network.to_empty(device="cpu").to(dtype)
+        network = unet.UNetModel(config).to(dtype)
+    network = network.to_empty(device=device)
     unet.fill(network)
-    network = network.to(device).eval().requires_grad_(False)
+    network = network.eval().requires_grad_(False)
     if dtype != torch.float32:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
@@ -96,11 +96,10 @@ def _float(config: unet.Config, device: torch.device, dtype: torch.dtype) -> une
 
 def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -> Contender:
     dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
-    network = _float(config, device, dtype)
+    network = float_network(config, device, dtype)
     inputs = unet.inputs(config, BATCH, dtype, device)
     axis, partition = TimeAxis(0.0, 999.0), Partition.uniform(INTERVALS)
-    keep = dict.fromkeys(find_tib(network).layers, "temporal path")
-    keep |= {path: f"{which} layer" for path, which in boundary_layers(network).items()}
+    keep = kept_in_float(network)
     layers = {path: m for path, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     file = cache.with_suffix(".calibration.safetensors")
     try:
@@ -120,14 +119,10 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         leaf = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
         geometry = geometry_of(module)
         assert isinstance(geometry, Geometry)
-        parent, _, own = path.rpartition(".")
-        setattr(network.get_submodule(parent), own, leaf(state, geometry, clock, module.bias))
+        put(network, path, leaf(state, geometry, clock, module.bias))
         del module
     clock.set(inputs[1])
-    for part in network.modules():
-        if isinstance(part, unet.ResBlock):
-            for layers_in_turn in (part.in_layers, part.out_layers):
-                vars(layers_in_turn)["forward"] = partial(norm_chain.run, layers_in_turn)
+    chain_norms(network)
     if device.type == "cpu":
         for part in network.modules():
             inner = [leaf.scheme for leaf in part.modules() if isinstance(leaf, LeafCore)]
@@ -142,6 +137,26 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
     network(*inputs)  # packs the weights
     gc.collect()
     return Contender(lambda: network(*inputs), resident(network), f"{notes}; {len(plan.left)} in float")
+
+
+def kept_in_float(network: nn.Module) -> dict[str, str]:
+    """Path of each layer that no recipe quantizes -> why."""
+    keep = dict.fromkeys(find_tib(network).layers, "temporal path")
+    return keep | {path: f"{which} layer" for path, which in boundary_layers(network).items()}
+
+
+def put(network: nn.Module, path: str, layer: nn.Module) -> None:
+    """Set the layer of that path."""
+    parent, _, own = path.rpartition(".")
+    setattr(network.get_submodule(parent), own, layer)
+
+
+def chain_norms(network: nn.Module) -> None:
+    """Each norm and SiLU before a convolution in one, as tfmq.host.norms has it."""
+    for part in network.modules():
+        if isinstance(part, unet.ResBlock):
+            for layers_in_turn in (part.in_layers, part.out_layers):
+                vars(layers_in_turn)["forward"] = partial(norm_chain.run, layers_in_turn)
 
 
 def _feed_forward(first: Any, _dropout: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -180,12 +195,11 @@ def _host(config: unet.Config, device: torch.device) -> Contender:
     except (ImportError, FileNotFoundError) as error:
         raise Missing(f"no ComfyUI: {error}") from None
     dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
-    network = _float(config, device, dtype)
+    network = float_network(config, device, dtype)
     keep = {*find_tib(network).layers, *boundary_layers(network)}
     linears = {path: m for path, m in network.named_modules() if isinstance(m, nn.Linear) and path not in keep}
     for path, module in linears.items():
-        parent, _, own = path.rpartition(".")
-        setattr(network.get_submodule(parent), own, int8_linear(module, True, dtype).to(device))
+        put(network, path, int8_linear(module, True, dtype).to(device))
     inputs = unet.inputs(config, BATCH, dtype, device)
     gc.collect()
     return Contender(lambda: network(*inputs), resident(network), f"{len(linears)} layers int8")
@@ -215,7 +229,7 @@ def _openvino_file(kind: str, config: unet.Config, inputs: list[Tensor], cache: 
     if file.is_file():
         return file
     if kind == "fp32":
-        network = _float(config, torch.device("cpu"), torch.float32)
+        network = float_network(config, torch.device("cpu"), torch.float32)
         with torch.inference_mode(False), torch.no_grad():
             model = openvino.convert_model(network, example_input=tuple(inputs))
         del network

@@ -99,7 +99,7 @@ def measure(
     import triton
 
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
-    out: dict[str, Any] = {"device": _device(device), "torch": torch.__version__, "triton": triton.__version__}
+    out: dict[str, Any] = {"device": describe(device), "torch": torch.__version__, "triton": triton.__version__}
     out |= {"dtype": dtype_name, "rounds": rounds, "models": {}}
     for model, layers in shapes.items():
         operations = []
@@ -118,8 +118,8 @@ def measure(
 
 
 def _operation(shape: Conv | Linear, device: Any, dtype: Any, rounds: int) -> dict[str, Any]:
-    m, k, n = _product(shape)
-    times = _race(_contenders(shape, device, dtype), device, rounds)
+    m, k, n = product_size(shape)
+    times = race(contenders(shape, device, dtype), device, rounds)
     median = {name: statistics.median(values) for name, values in times.items() if values}
     failed = [name for name, values in times.items() if not values]
     ratio = {
@@ -135,7 +135,7 @@ def _operation(shape: Conv | Linear, device: Any, dtype: Any, rounds: int) -> di
     return result
 
 
-def _product(shape: Conv | Linear) -> tuple[int, int, int]:
+def product_size(shape: Conv | Linear) -> tuple[int, int, int]:
     """Rows, columns that are summed, and outputs of the matrix product."""
     if isinstance(shape, Linear):
         return shape.m, shape.k, shape.n
@@ -143,7 +143,7 @@ def _product(shape: Conv | Linear) -> tuple[int, int, int]:
     return shape.batch * side * side, shape.c * shape.kernel**2, shape.n
 
 
-def _contenders(shape: Conv | Linear, device: Any, dtype: Any) -> dict[str, tuple[Callable[[Any], Any], list[Any]]]:
+def contenders(shape: Conv | Linear, device: Any, dtype: Any) -> dict[str, tuple[Callable[[Any], Any], list[Any]]]:
     """name -> (a call, its inputs). `product_*` starts from codes; `int_mm` is torch's product of the same size."""
     import torch
     from torch.nn import functional as F
@@ -180,7 +180,7 @@ def _contenders(shape: Conv | Linear, device: Any, dtype: Any) -> dict[str, tupl
     grid = StaticInput(*affine_grid(-edge, edge), None)
     half = weight.to(dtype)
 
-    m, k, n = _product(shape)
+    m, k, n = product_size(shape)
     a = [torch.randint(-127, 128, (m, k), generator=g, device=device).to(torch.int8) for _ in inputs[:3]]
     b = torch.randint(-127, 128, (n, k), generator=g, device=device).to(torch.int8).t()
     found: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {"int_mm": (lambda q: torch._int_mm(q, b), a)}
@@ -223,14 +223,14 @@ def _input_count(size: int, device: Any) -> int:
     return max(2, min(MOST_INPUTS, -(-2 * cache // size)))
 
 
-def _race(
+def race(
     contenders: dict[str, tuple[Callable[[Any], Any], list[Any]]], device: Any, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds per call, one entry per round; the contenders take turns. Empty for one that does not run."""
     ready: dict[str, Callable[[], float]] = {}
     for name, (call, inputs) in contenders.items():
         try:
-            ready[name] = _timed(call, inputs, device)
+            ready[name] = timed(call, inputs, device)
         except Exception as error:  # sizes that the vendor's library does not take; out of memory; Triton's own kinds
             print(f"  {name} does not run: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -240,7 +240,7 @@ def _race(
     return times
 
 
-def _timed(call: Callable[[Any], Any], inputs: list[Any], device: Any) -> Callable[[], float]:
+def timed(call: Callable[[Any], Any], inputs: list[Any], device: Any) -> Callable[[], float]:
     """A function that runs `call` several times and returns seconds per call."""
     import torch
 
@@ -276,7 +276,7 @@ def _timed(call: Callable[[Any], Any], inputs: list[Any], device: Any) -> Callab
     return replay
 
 
-def _device(device: Any) -> dict[str, Any]:
+def describe(device: Any) -> dict[str, Any]:
     import torch
 
     if device.type != "cuda":

@@ -132,6 +132,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
+        self.order = torch.channels_last  # of the images that it makes
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -145,7 +146,7 @@ class SpatialTransformer(nn.Module):
             h = block(h, context)
         if self.linear:
             h = self.proj_out(h)
-        h = h.view(b, height, width, c).movedim(3, 1).contiguous(memory_format=torch.channels_last)
+        h = h.view(b, height, width, c).movedim(3, 1).contiguous(memory_format=self.order)
         if not self.linear:
             h = self.proj_out(h)
         return h + x
@@ -264,7 +265,7 @@ def fill(network: nn.Module, seed: int = 0) -> None:
     """Random weights under which activations keep unit size: variance 1 / inputs, small biases, norms of gain 1."""
     g = torch.Generator().manual_seed(seed)
     # Cut from one supply, whose length no layer's divides: to draw them all would take longer than to measure.
-    supply = torch.randn(SUPPLY, generator=g)
+    supply = torch.randn(SUPPLY, generator=g).to(next(network.parameters()).device)
 
     def random(shape: torch.Size) -> Tensor:
         start = int(torch.randint(SUPPLY, (), generator=g))
