@@ -140,8 +140,10 @@ def test_what_is_delivered_has_the_error_that_is_reported(case: Case) -> None:
 def test_each_kind_of_variable_helps_alone(case: Case) -> None:
     still = dataclasses.replace(SHORT, activation_rate=0.0, weight_rate=0.0, bias_rate=0.0)
     for name in ("activation_rate", "weight_rate", "bias_rate"):
-        start, end = case.tune(dataclasses.replace(still, **{name: 1e-2})).losses
-        assert end < start, name
+        # Of two seeds: where the gain of one is just not certain, it keeps its start, and rounding decides where.
+        losses = [case.tune(dataclasses.replace(still, **{name: 1e-2}), seed=seed).losses for seed in range(2)]
+        assert all(end <= start for start, end in losses), name
+        assert any(end < 0.95 * start for start, end in losses), name
 
 
 class Interrupted(BaseException):
