@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq import grouped, norm_chain
-from tfmq.kernels import reference, table, triton_backend, triton_launch
+from tfmq.kernels import reference, table, triton_backend, triton_launch, triton_probe
 from tfmq.kernels.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels.triton_launch import Prepared, tuner
 from tfmq.kernels.triton_tune import Tile
@@ -441,3 +441,29 @@ def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
             near(seen[-1], leaf(x))
     assert len(graphs) == 1
     assert not torch.equal(seen[0], seen[-1])
+
+
+# --- whether it works at all ----------------------------------------------------------------------------------------
+
+
+def test_the_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> str | None:
+        monkeypatch.setattr(triton_probe, "_found", {})
+        return triton_probe.fault(torch.device("cpu"))
+
+    assert found() is None
+    product, quantize = triton_launch.product, triton_launch.quantize_image
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "product", lambda *args, **more: product(*args, **more) * 1.01)
+        assert "wrong sums here" in found()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "quantize_image", lambda *args: quantize(*args) ^ 1)
+        assert "quantizes wrongly here (4224 of 4224 codes)" in found()
+    with monkeypatch.context() as patch:
+
+        def raises(*_: object) -> None:
+            raise RuntimeError("PTX was compiled with an unsupported toolchain")
+
+        patch.setattr(triton_launch, "quantize_image", raises)
+        assert "unsupported toolchain" in found()
+    assert found() is None

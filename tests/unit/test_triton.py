@@ -269,11 +269,22 @@ def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) 
         return 5.0
 
     def never(tile: Tile) -> float:
+        tried.append(tile)
         raise error
 
     assert Tuner(tmp_path / "a").choose(LAYER, GPU, time) == ordered[1]
-    assert Tuner(tmp_path / "b").choose(LAYER, GPU, never) == ordered[0]
+    tuner, tried = Tuner(tmp_path / "b"), []
+    assert tuner.choose(LAYER, GPU, never) == ordered[0]
+    assert sorted(tried) == sorted(ordered), "all were tried, in the hope that one runs"
+    assert tuner.choose(LAYER, GPU, never) == ordered[0] and len(tried) == len(ordered), "and not again"
     assert not (tmp_path / "b").exists()
+
+    def last(tile: Tile) -> float:
+        if tile != ordered[-1]:
+            raise error
+        return 5.0
+
+    assert Tuner(tmp_path / "d").choose(LAYER, GPU, last) == ordered[-1]
 
     def interrupted(tile: Tile) -> float:
         raise KeyboardInterrupt

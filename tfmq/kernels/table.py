@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from ..costs import FREE, Costs
-from . import float_conv, int_mm, onednn, reference, triton_backend
+from . import float_conv, int_mm, onednn, reference, triton_backend, triton_probe
 from .geometry import Geometry
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
@@ -40,7 +40,7 @@ def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | N
 
 
 def _triton(operation: str, device: torch.device, geometry: Geometry) -> str | None:
-    return triton_backend.missing(device) or triton_backend.unsafe(geometry)
+    return triton_backend.missing(device) or triton_probe.fault(device) or triton_backend.unsafe(geometry)
 
 
 def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -81,10 +81,19 @@ BACKENDS = (
 )
 
 
-@lru_cache(maxsize=4096)
 def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     """The first backend that runs `operation` for this layer on this device."""
+    if triton_probe.undecided(device):
+        return _first(operation, device, geometry)
+    return _kept(operation, device, geometry)
+
+
+def _first(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     return next(b for b in BACKENDS if b.refuse(operation, device, geometry) is None)
+
+
+_kept = lru_cache(maxsize=4096)(_first)
+pick.cache_clear = _kept.cache_clear  # type: ignore[attr-defined]
 
 
 def refusals(operation: str, device: torch.device, geometry: Geometry) -> dict[str, str]:

@@ -24,7 +24,7 @@ CAPABILITY = (8, 0)  # Triton 3.7 compiles no int8 product for 7.5
 
 @lru_cache
 def missing(device: torch.device) -> str | None:
-    """Why this device cannot run these operations, or None."""
+    """Why this device cannot run these operations as far as is known without a launch, or None."""
     if device.type != "cuda":
         return "only on CUDA GPUs"
     if torch.version.hip is not None:

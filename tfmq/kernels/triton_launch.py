@@ -15,7 +15,7 @@ from .geometry import Geometry, StaticInput
 from .triton_norm import channel_statistics_kernel, group_gain_kernel, layer_norm_quantize_kernel
 from .triton_product import finish_kernel, product_kernel
 from .triton_quantize import quantize_kernel, quantize_rows_kernel
-from .triton_tune import Shape, Tile, Tuner, cache_file, machine
+from .triton_tune import Shape, Tile, Tuner, cache_file, machine, tiles_of
 
 MULTIPLE = 16  # channels are padded to it: a load of 16 bytes needs an address that divides by 16
 SWIZZLE = 8
@@ -156,11 +156,13 @@ def layer_norm_quantize(
 def product(
     q: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
     dtype: torch.dtype, size: tuple[int, int, int] | None = None, residual: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantized activations times a weight -> float [M, N] in `dtype`.
 
     q: int8 [M, C'], or with `size` (images, rows and columns of the output) an image of `quantize_image`. Either grid
     (static) or rows (one grid per row) says what the codes mean. residual: [M, N], contiguous, added in float32.
+    tile: None for the one that the tuner has for this shape.
     """
     g = weight.geometry
     n, c = weight.scale.shape[0], weight.channels
@@ -195,8 +197,13 @@ def product(
     bits = f"int4/{weight.group}" if weight.group else "int8"
     kind = f"{kh} x {kw} {'dense' if dense else g.stride} {bits} {'rows' if rows else 'static'} {dtype}"
     with _on(q.device):
-        run(tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
+        run(tile or tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
     return out
+
+
+def smallest_tile(device: torch.device) -> Tile:
+    """The shipped tile with the smallest block: the one that asks least of a GPU."""
+    return min(tiles_of(machine(device).capability), key=lambda tile: (tile.m * tile.n, tile.stages * tile.k))
 
 
 def _timer(run: Callable[[Tile], None], device: torch.device) -> Callable[[Tile], float] | None:

@@ -128,11 +128,13 @@ class Tuner:
         elif time is None or not self.enabled or capturing():
             return ordered[0]  # not remembered: a later call may be free to time
         else:
-            best = quickest(_worth_timing(ordered), time)
-            if best is None:
-                return ordered[0]
-            tile = best
-            self._keep(_key(shape, at), tile)
+            worth = _worth_timing(ordered)
+            best = quickest(worth, time) or _first_that_runs([tile for tile in ordered if tile not in worth], time)
+            if best is None:  # remembered, so that not every call tries all of them again; not kept on disk
+                logging.warning("TFMQ: no tile could be timed for %s on %s", shape, at.name)
+            else:
+                self._keep(_key(shape, at), best)
+            tile = best or ordered[0]
         self._known[shape, at] = tile
         return tile
 
@@ -170,6 +172,10 @@ def quickest(tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Tile | Non
         if best is None or took < best[0]:
             best = took, tile
     return None if best is None else best[1]
+
+
+def _first_that_runs(tiles: list[Tile], time: Callable[[Tile], float]) -> Tile | None:
+    return next((tile for tile in tiles if quickest([tile], time) is not None), None)
 
 
 def _worth_timing(ordered: list[Tile]) -> list[Tile]:
