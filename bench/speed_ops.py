@@ -83,6 +83,9 @@ def main() -> None:
         if not arguments.smoke:
             parser.error("on a CPU only --smoke runs: these kernels are for GPUs")
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        from .interpreter import mend
+
+        mend()
     shapes = SMOKE if arguments.smoke else {name: SHAPES[name] for name in arguments.models.split(",")}
     found = measure(shapes, arguments.device, arguments.dtype, 2 if arguments.smoke else ROUNDS)
     if arguments.json:

@@ -12,7 +12,10 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
+from bench.interpreter import mend  # noqa: E402
 from tfmq.kernels import triton_backend  # noqa: E402
+
+mend()
 
 triton_backend.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
 

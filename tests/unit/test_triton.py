@@ -1,17 +1,20 @@
 """The Triton backend without a GPU: results in Triton's interpreter, machine code for every target, choice of tiles."""
 
 import json
+import operator
 import os
 import platform
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.kernels import triton_backend, triton_tune
 from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
@@ -44,6 +47,36 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
     assert passed > 100, done.stdout[-2000:]
     assert not (tmp_path / "tfmq").exists()  # nothing was timed
+
+
+@needs_triton
+@pytest.mark.parametrize("scoped", [True, False], ids=["from 3.6 on", "before"])
+def test_a_scalar_of_the_interpreter_is_a_number_with_any_numpy(monkeypatch: pytest.MonkeyPatch, scoped: bool) -> None:
+    """Triton before 3.7 turned an array of one entry into a number, which numpy 2.4 refuses."""
+    import numpy
+    from triton.runtime import interpreter
+
+    class Scope:
+        def set_attr(self, of: type, name: str, value: object) -> None:
+            setattr(of, name, value)
+
+    class Scalar:
+        handle = types.SimpleNamespace(data=numpy.array([[3]]))
+
+    def as_before(tensor: type, *scope: Scope) -> None:
+        for put in [s.set_attr for s in scope] or [setattr]:
+            put(tensor, "__index__", lambda self: int(self.handle.data))
+
+    scope = [Scope()] if scoped else []
+    as_before(Scalar, *scope)
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        with pytest.raises(TypeError, match="0-dimensional"):
+            operator.index(Scalar())
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", as_before)
+    mend()
+    mend()  # once is enough
+    interpreter._patch_lang_tensor(Scalar, *scope)
+    assert operator.index(Scalar()) == 3
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
