@@ -191,6 +191,94 @@ def test_the_largest_shipped_tiles_fit(cache: None, capability: int) -> None:
     check(product(capability, largest, conv=True), capability)
 
 
+def wide(built: object, what: str) -> tuple[int, int]:
+    """Reads (ld) or writes (st) of global memory in the code: all of them, and those of 16 bytes each."""
+    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
+    return len(found), sum(int(count or 1) * int(bits) == 128 for count, bits in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
+    tile = Tile(128, 128, 64, 8, 8, 3)
+    each = 128 * 128 // (32 * tile.warps)  # results of a thread
+    for how in {"conv": True}, {"conv": False, "dynamic": True}, {"conv": False, "residual": True}:
+        written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
+        assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
+    assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
+    from tfmq.kernels.triton_product import finish_kernel
+
+    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "SPLIT": 2, "BM": 32, "BN": 64}
+    absent = dict.fromkeys(["row_scale", "row_offset", "residual"])
+    built = build(finish_kernel, capability, {"num_warps": 4}, **flags, **absent)
+    each = 32 * 64 // (32 * 4)
+    assert wide(built, "st") == (each // 8,) * 2
+    assert wide(built, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
+
+
+class Recorded:
+    """Stands for a kernel; `call`: the arguments of the last launch."""
+
+    call: tuple[tuple, dict]
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            self.call = args, options
+
+        return launch
+
+
+def as_launched(kernel, capability: int, call: tuple[tuple, dict]):
+    """Compile for the arguments of a launch, as Triton would on a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
+    args, options = call
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        general = parameter.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not general):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = types[value.dtype]
+        else:
+            signature[parameter.name] = "i32"
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if number is not None and (i,) not in constants and number % 16 == 0 and not general:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", options.pop(parameter.name)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@needs_triton
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
+    cache: None, monkeypatch: pytest.MonkeyPatch, balanced: bool
+) -> None:
+    """By the strides that the launch really has: of a Linear, and of an image in channels_last order."""
+    from tfmq.kernels import triton_launch, triton_quantize
+    from tfmq.kernels.geometry import StaticInput
+
+    recorded, kernel = Recorded(), triton_quantize.quantize_kernel
+    monkeypatch.setattr(triton_launch, "quantize_kernel", recorded)
+    inverse = torch.ones(320) if balanced else None
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), inverse)
+    image = torch.empty(2, 320, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    for run in (
+        lambda: triton_launch.quantize_matrix(torch.empty(100, 320, dtype=torch.float16), grid, 320),
+        lambda: triton_launch.quantize_image(image, grid, 320, (1, 1)),
+    ):
+        run()
+        built = as_launched(kernel, 89, recorded.call)
+        assert wide(built, "ld")[1] >= 128 * 32 // (32 * 8) // 8
+        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", built.asm["ptx"]), "one float16 at a time"
+
+
 @needs_triton
 def test_turing_is_refused_because_nothing_compiles_for_it(cache: None, capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(Exception):
@@ -333,15 +421,16 @@ KEY = triton_tune._key(LAYER, GPU)
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 1}', b'{"format": 1, "tiles": [1]}',
-        json.dumps({"format": 0, "tiles": {KEY: BEST}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: BEST[:3]}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: [1 << 20] * 6}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: ["a"] * 6}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: 3}}).encode(),
+        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 2}', b'{"format": 2, "tiles": [1]}',
+        json.dumps({"format": 1, "tiles": {KEY: BEST}}).encode(),  # of an earlier version, with slower kernels
+        json.dumps({"format": 2, "tiles": {KEY: BEST[:3]}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: [1 << 20] * 6}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: ["a"] * 6}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: 3}}).encode(),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
+    assert triton_tune.FORMAT == 2
     path = tmp_path / "kernels.json"
     path.write_bytes(content)
     best = triton_tune.candidates(LAYER, GPU)[2]

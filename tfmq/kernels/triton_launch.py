@@ -93,7 +93,9 @@ def quantize_image(
 
 def quantize_matrix(x: Tensor, grid: StaticInput, channels: int) -> Tensor:
     """x float [M, K], any strides -> int8 [M, channels], channels >= K."""
-    return quantize_image(x.t()[None, :, :, None], grid, channels).view(x.shape[0], channels)
+    # An image of one row: as one of one column it would have two strides of 1, and the compiler would not know which
+    # to read along.
+    return quantize_image(x.t()[None, :, None, :], grid, channels).view(x.shape[0], channels)
 
 
 def quantize_rows(x: Tensor, inverse_balance: Tensor | None, bits: int, channels: int) -> Rows:
