@@ -32,7 +32,7 @@ from .kernels.triton_tune import capturing
 from .last_input import Reading
 from .packed_codes import PackedCodes, plain
 from .quantizer import dequantize_weight, per_channel
-from .rotation import rotate, unrotate
+from .rotation import constant, rotate, rotate_as_means, scaled, suits_tensor_cores, unrotate
 from .scheme import NONE
 from .solve import LayerState
 from .timeline import Clock
@@ -144,6 +144,10 @@ class LeafCore(nn.Module):
         """What is quantized of x, and what it still has to be multiplied by."""
         if not self.scheme.rotation:
             return x, self.inverse_balance
+        if suits_tensor_cores(x):
+            rows = x if self.inverse_balance is None else scaled(x, self.inverse_balance)
+            rows, factor = rotate_as_means(rows, self.scheme.rotation, self.permutations)
+            return rows, constant(factor, x.shape[-1], x.device)
         rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
         # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway.
         narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32

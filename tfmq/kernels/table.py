@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from ..costs import FREE, Costs
+from ..costs import FREE, Costs, GpuCosts
 from . import float_conv, int_mm, onednn, reference, triton_backend, triton_probe
 from .geometry import Geometry
 
@@ -74,7 +74,7 @@ BACKENDS = (
     # a rotation 0.22 to 0.33 of the time.
     Backend("onednn", onednn, _onednn, Costs(2.0, 0.3, 2.4)),
     # Not measured: a row is read once more, out of the cache.
-    Backend("triton", triton_backend, _triton, Costs(1.1)),
+    Backend("triton", triton_backend, _triton, GpuCosts(1.1)),
     Backend("int_mm", int_mm, _int_mm, Costs(1.2)),
     Backend("float_conv", float_conv, _float_conv, FREE),
     Backend("reference", reference, _reference, FREE),
