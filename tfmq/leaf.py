@@ -99,18 +99,20 @@ class LeafCore(nn.Module):
         norm: Norm | None = None,
         gated: bool = False,
         streamed: bool = False,
+        resident: object | None = None,
     ) -> Tensor:
         """Run the layer on integer codes, int8 [N, K, ...] or packed.
 
         owner: what `codes` belong to; while it is the same object, the prepared form of the weight is reused.
         norm: the input is SiLU(norm(x)). gated: the result is `geglu` of the layer's. streamed: the codes are a copy of
-        the owner's for this call alone, and nothing is kept of them but their sums.
+        the owner's, and no memory is held for them but that of their sums. resident: such a copy that the host keeps
+        where it is; while it is the same object, the prepared form is reused if it lies in the copy's own memory.
         """
         if x.numel() == 0:
             return geglu(self._empty(x)) if gated else self._empty(x)
         if gated and not self._gates(x.device, streamed):
-            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed))
-        prepared = self._prepare(x.device, owner, codes, scale, streamed)
+            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed, resident=resident))
+        prepared = self._prepare(x.device, owner, codes, scale, streamed, resident)
         module, weight = prepared[1].module, prepared[2]
         if gated:
             if not torch.compiler.is_compiling():
@@ -175,10 +177,11 @@ class LeafCore(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _prepare(
-        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool
-    ) -> tuple[Any, Backend, Any]:
-        prepared = self._prepared
-        if prepared is not None and prepared[0] is owner and not streamed:
+        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool,
+        resident: object | None,
+    ) -> tuple[Any, Backend, Any]:  # fmt: skip
+        prepared, of = self._prepared, resident if streamed else owner
+        if prepared is not None and of is not None and prepared[0] is of:
             return prepared
         if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
             prepared = self._prepared = (owner, codes.owner, codes.ready)
@@ -192,8 +195,12 @@ class LeafCore(nn.Module):
         if streamed:
             sums = self._sums_of(owner, codes)
             if isinstance(codes, Packed):
-                return owner, backend, module.prepare_packed(codes, self.geometry, sums)
-            return owner, backend, module.prepare(codes, scale, self.geometry, sums)
+                made = of, backend, module.prepare_packed(codes, self.geometry, sums)
+            else:
+                made = of, backend, module.prepare(codes, scale, self.geometry, sums)
+            if of is not None and _in_place(made[2], codes):
+                self._prepared = made
+            return made
         if isinstance(codes, Packed):
             ready = module.prepare_packed(codes, self.geometry)
         else:
@@ -259,6 +266,13 @@ class LeafCore(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A packed weight can be neither copied nor pickled, and a copy has rows of its own.
         return {**self.__dict__, "_prepared": None, "_sums": None, "_rows": {}}
+
+
+def _in_place(ready: Any, codes: Tensor | Packed) -> bool:
+    """Whether a prepared weight lies in the memory of the codes that it was made of."""
+    given = codes.codes if isinstance(codes, Packed) else codes
+    kept = getattr(ready, "codes", None)
+    return isinstance(kept, Tensor) and kept.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 class _PlainLeaf(LeafCore):
