@@ -17,6 +17,7 @@ import torch
 from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.kernels import triton_backend, triton_tune
+from tfmq.kernels.geometry import Geometry
 from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
 
 UNIT = Path(__file__).parent
@@ -77,6 +78,34 @@ def test_a_scalar_of_the_interpreter_is_a_number_with_any_numpy(monkeypatch: pyt
     mend()  # once is enough
     interpreter._patch_lang_tensor(Scalar, *scope)
     assert operator.index(Scalar()) == 3
+
+
+@needs_triton
+def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own functions are made for kernels: on the host they took a tenth of a layer's time."""
+    import triton
+
+    from tfmq.kernels import triton_launch
+    from tfmq.kernels.geometry import StaticInput
+
+    for n in (*range(1, 70), 127, 128, 129, 1 << 20, (1 << 20) + 1):
+        assert triton_launch.power_of_2(n) == triton.next_power_of_2(n)
+        assert all(triton_launch.cdiv(n, k) == triton.cdiv(n, k) for k in (1, 3, 16, 128))
+    for name in ("cdiv", "next_power_of_2"):
+        monkeypatch.setattr(triton, name, None)
+    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
+    recorded = {name: Recorded() for name in kernels}
+    for name, one in recorded.items():
+        monkeypatch.setattr(triton_launch, name, one)
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), None)
+    weight = triton_backend.prepare(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), Geometry((8, 32)))
+    x = torch.zeros(5, 32)
+    triton_backend.linear_static(x, weight, grid, None)
+    triton_backend.linear_dynamic(x, weight, None, None)
+    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16, tile=Tile(64, 64, 64, 2, 4, 2))
+    triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
+    triton_launch.layer_norm_quantize(x, torch.ones(32), torch.zeros(32), 1e-5, grid, 32)
+    assert all(hasattr(one, "call") for one in recorded.values())
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------

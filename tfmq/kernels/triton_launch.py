@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .geometry import Geometry, StaticInput
@@ -63,8 +62,19 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+# Triton's own are its kernels' functions as well: called on the host each takes 2 us, and a layer needs five.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n; n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def round_up(channels: int) -> int:
-    return -(-channels // MULTIPLE) * MULTIPLE
+    return cdiv(channels, MULTIPLE) * MULTIPLE
 
 
 def quantize_image(
@@ -79,10 +89,10 @@ def quantize_image(
     pixels = b * height * width
     if pixels == 0:
         return q
-    bc = min(128, triton.next_power_of_2(channels))
+    bc = min(128, power_of_2(channels))
     bp = max(16, 4096 // bc)
     with _on(x.device):
-        quantize_kernel[(triton.cdiv(pixels, bp), triton.cdiv(channels, bc))](
+        quantize_kernel[(cdiv(pixels, bp), cdiv(channels, bc))](
             x, q, grid.inverse_balance, grid.scale, grid.zero_point, *(norm or (None, None)),
             pixels, c, channels, h, w, height, width, *padding, *x.stride(),
             HAS_BALANCE=grid.inverse_balance is not None, HAS_GAIN=norm is not None, SILU=silu, BP=bp, BC=bc,
@@ -104,7 +114,7 @@ def quantize_rows(x: Tensor, inverse_balance: Tensor | None, bits: int, channels
     q = torch.empty(m, channels, dtype=torch.int8, device=x.device)
     scale, offset = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(2))
     if m:
-        block = min(LONGEST_ROW, triton.next_power_of_2(channels))
+        block = min(LONGEST_ROW, power_of_2(channels))
         with _on(x.device):
             quantize_rows_kernel[(m,)](
                 x, q, scale, offset, inverse_balance, k, channels, *x.stride(),
@@ -124,17 +134,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     if x.numel() == 0:
         return Affine(gain, shift)
     # 64 chunks, more in large images; a block stays in the registers of a program.
-    bp = min(1024, max(32, triton.next_power_of_2(triton.cdiv(h * w, 64))))
-    bc = min(64, triton.next_power_of_2(c), 16384 // bp)
-    chunks = triton.cdiv(h * w, bp)
+    bp = min(1024, max(32, power_of_2(cdiv(h * w, 64))))
+    bc = min(64, power_of_2(c), 16384 // bp)
+    chunks = cdiv(h * w, bp)
     mean, spread = (torch.empty(b, chunks, c, dtype=torch.float32, device=x.device) for _ in range(2))
     with _on(x.device):
-        channel_statistics_kernel[(b * chunks, triton.cdiv(c, bc))](
+        channel_statistics_kernel[(b * chunks, cdiv(c, bc))](
             x, mean, spread, h * w, c, w, chunks, *x.stride(), BP=bp, BC=bc, num_warps=8,
         )  # fmt: skip
         group_gain_kernel[(b * groups,)](
             mean, spread, weight, bias, gain, shift, h * w, c, chunks, groups, eps,
-            BP=bp, BCHUNKS=triton.next_power_of_2(chunks), BG=triton.next_power_of_2(c // groups), num_warps=8,
+            BP=bp, BCHUNKS=power_of_2(chunks), BG=power_of_2(c // groups), num_warps=8,
         )  # fmt: skip
     return Affine(gain, shift)
 
@@ -146,7 +156,7 @@ def layer_norm_quantize(
     m, k = x.shape
     q = torch.empty(m, channels, dtype=torch.int8, device=x.device)
     if m:
-        block = min(LONGEST_ROW, triton.next_power_of_2(channels))
+        block = min(LONGEST_ROW, power_of_2(channels))
         with _on(x.device):
             layer_norm_quantize_kernel[(m,)](
                 x, q, weight, bias, grid.inverse_balance, grid.scale, grid.zero_point, k, channels, *x.stride(), eps,
@@ -185,14 +195,14 @@ def product(
         partial = None
         if tile.split > 1:
             partial = torch.empty(tile.split, m, n, dtype=torch.int32, device=q.device)
-        product_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tile.split)](
+        product_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n), tile.split)](
             q, weight.codes, weight.factor, weight.zero, *epilogue, partial,
             m, n, c, height, width, q_height, q_width, *g.stride, *g.dilation,
             KH=kh, KW=kw, DENSE=dense, GROUP=weight.group, EVEN_K=c % tile.k == 0, SPLIT=tile.split,
             BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=SWIZZLE, num_warps=tile.warps, num_stages=tile.stages, **flags,
         )  # fmt: skip
         if partial is not None:
-            finish_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 64))](
+            finish_kernel[(cdiv(m, 32), cdiv(n, 64))](
                 partial, *epilogue, m, n, SPLIT=tile.split, BM=32, BN=64, num_warps=4, **flags
             )
 
