@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq import grouped, norm_chain
-from tfmq.kernels import reference, table, triton_backend, triton_launch, triton_probe
+from tfmq.kernels import reference, table, triton_backend, triton_launch, triton_ops, triton_probe
 from tfmq.kernels.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels.triton_launch import Prepared, tuner
 from tfmq.kernels.triton_tune import Tile
@@ -411,6 +411,25 @@ def test_the_custom_operations_keep_what_they_declare(which: int) -> None:
         g = weight.geometry
         arguments += (list(g.shape), [*g.stride, *g.padding, *g.dilation])
     torch.library.opcheck(getattr(torch.ops.tfmq, name).default, arguments)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_without_custom_operations_a_graph_breaks_and_no_result(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "REGISTERED", False)
+    monkeypatch.setattr(triton_ops, "_outside_of_graphs", torch.compiler.disable(triton_ops._plain))
+    name, x, rest = operations()[which]
+    run = getattr(triton_backend, name)
+    expected = run(x, *rest)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    y = torch.compile(lambda x: run(x + 1 - 1, *rest) + 1, backend=backend)(x)
+    assert torch.equal(y, run(x + 1 - 1, *rest) + 1) and expected.shape == y.shape
+    assert len(graphs) == 2
 
 
 def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

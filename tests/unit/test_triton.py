@@ -331,6 +331,25 @@ def test_the_pack_runs_without_triton() -> None:
     assert done.stdout.splitlines() == ["Triton is not installed", "int_mm", "False"], done.stderr
 
 
+@needs_triton
+def test_a_schema_that_torch_cannot_read_leaves_eager_mode_alone() -> None:
+    program = (
+        "import torch\n"
+        "inner = torch.library.custom_op\n"
+        "def refuse(name, *rest, **more):\n"
+        "    if name.startswith('tfmq::'): raise ValueError('unsupported type')\n"
+        "    return inner(name, *rest, **more)\n"
+        "torch.library.custom_op = refuse\n"
+        "from tfmq.kernels import triton_backend\n"
+        "print(triton_backend.unusable())\n"
+        "from tfmq.kernels import triton_ops\n"
+        "print(triton_ops.REGISTERED)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["None", "False"], done.stderr
+    assert "torch.compile breaks its graphs" in done.stderr
+
+
 # --- tiles ----------------------------------------------------------------------------------------------------------
 
 GPU = Machine("a GPU", (9, 0), 132)
