@@ -399,7 +399,7 @@ def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
     best, calls = triton_tune.candidates(LAYER, GPU)[2], []
     tuner = Tuner(path)
     assert tuner.choose(LAYER, GPU, times(best, calls)) == best
-    assert 1 < len(calls) <= triton_tune.TRIED
+    assert 1 < len(set(calls)) <= triton_tune.TRIED and len(calls) == triton_tune.ROUNDS * len(set(calls))
     count = len(calls)
     assert tuner.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
     other = Tuner(path)
@@ -411,6 +411,37 @@ def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
     other.forget()
     path.unlink()
     assert other.choose(LAYER, GPU, None) == triton_tune.candidates(LAYER, GPU)[0]
+
+
+def test_each_version_of_triton_has_its_own_times(tmp_path: Path) -> None:
+    path, (first, second) = tmp_path / "kernels.json", triton_tune.candidates(LAYER, GPU)[:2]
+    old, new = (Tuner(path, f"triton {version}") for version in ("3.6.0", "3.7.1"))
+    assert old.choose(LAYER, GPU, times(second)) == second
+    assert new.choose(LAYER, GPU, None) == first, "not timed yet"
+    assert new.choose(LAYER, GPU, times(first)) == first
+    assert Tuner(path, "triton 3.6.0").choose(LAYER, GPU, None) == second, "kept beside"
+
+
+@needs_triton
+def test_the_file_knows_what_compiled() -> None:
+    import triton
+
+    from tfmq.kernels.triton_launch import tuner
+
+    assert triton.__version__ in tuner._key(LAYER, GPU) and torch.__version__ in tuner._key(LAYER, GPU)
+
+
+def test_a_round_of_all_tiles_at_a_time() -> None:
+    """A GPU that slows down as it warms up: timed one after the other, the first would win."""
+    slow, quick = triton_tune.candidates(LAYER, GPU)[:2]
+    calls = []
+
+    def time(tile: Tile) -> float:
+        calls.append(tile)
+        return (1.0 if tile == quick else 1.1) * (1 + 0.02 * len(calls)) + (5.0 if len(calls) == 2 else 0.0)
+
+    assert triton_tune.quickest([slow, quick], time) == quick
+    assert calls == [slow, quick] * 3
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +494,7 @@ def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) 
 
 
 BEST = list(triton_tune.candidates(LAYER, GPU)[1])
-KEY = triton_tune._key(LAYER, GPU)
+KEY = Tuner(None)._key(LAYER, GPU)
 
 
 @pytest.mark.parametrize(

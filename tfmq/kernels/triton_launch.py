@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+from .device_time import stopwatch
 from .geometry import Geometry, StaticInput
 from .triton_norm import channel_statistics_kernel, group_gain_kernel, layer_norm_quantize_kernel
 from .triton_product import finish_kernel, product_kernel
@@ -19,9 +22,9 @@ from .triton_tune import Shape, Tile, Tuner, cache_file, machine, tiles_of
 MULTIPLE = 16  # channels are padded to it: a load of 16 bytes needs an address that divides by 16
 SWIZZLE = 8
 LONGEST_ROW = 4096  # of what a program that takes a row holds at a time
-TIMED_RUNS = 20
 
-tuner = Tuner(cache_file())
+# What another version compiles, other tiles may be quickest with.
+tuner = Tuner(cache_file(), f"triton {triton.__version__}, torch {torch.__version__}")
 
 
 class Prepared(NamedTuple):
@@ -192,18 +195,18 @@ def product(
     flags = {"DYNAMIC": rows is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
 
     def run(tile: Tile) -> None:
-        partial = None
+        shares = None
         if tile.split > 1:
-            partial = torch.empty(tile.split, m, n, dtype=torch.int32, device=q.device)
+            shares = torch.empty(tile.split, m, n, dtype=torch.int32, device=q.device)
         product_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n), tile.split)](
-            q, weight.codes, weight.factor, weight.zero, *epilogue, partial,
+            q, weight.codes, weight.factor, weight.zero, *epilogue, shares,
             m, n, c, height, width, q_height, q_width, *g.stride, *g.dilation,
             KH=kh, KW=kw, DENSE=dense, GROUP=weight.group, EVEN_K=c % tile.k == 0, SPLIT=tile.split,
             BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=SWIZZLE, num_warps=tile.warps, num_stages=tile.stages, **flags,
         )  # fmt: skip
-        if partial is not None:
+        if shares is not None:
             finish_kernel[(cdiv(m, 32), cdiv(n, 64))](
-                partial, *epilogue, m, n, SPLIT=tile.split, BM=32, BN=64, num_warps=4, **flags
+                shares, *epilogue, m, n, SPLIT=tile.split, BM=32, BN=64, num_warps=4, **flags
             )
 
     bits = f"int4/{weight.group}" if weight.group else "int8"
@@ -224,15 +227,7 @@ def _timer(run: Callable[[Tile], None], device: torch.device) -> Callable[[Tile]
 
     def time(tile: Tile) -> float:
         _say_once()
-        run(tile)  # compiles
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(TIMED_RUNS):
-            run(tile)
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
+        return stopwatch(device).seconds(partial(run, tile))
 
     return time
 
