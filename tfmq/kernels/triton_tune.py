@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -106,6 +108,28 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+Watcher = Callable[["Shape", int, int], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("tfmq_watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Inside, and in this thread alone, `watcher` is told of every product that this process meets for the first time:
+    its shape, and how many of how many tiles are compiled. What it raises ends the call that meets it."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def tell(shape: Shape, done: int, total: int) -> None:
+    """Tell whoever watches."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(shape, done, total)
+
+
 class Tuner:
     """Remembers the tile of every shape, in memory and in a file. path: of the file; None keeps nothing on disk.
     software: what compiles the kernels, in words; the file keeps times of each apart.
@@ -129,11 +153,15 @@ class Tuner:
         kept = self._disk().get(self._key(shape, at))
         if kept is not None and tuple(kept) in {tuple(tile) for tile in ordered}:
             tile = Tile(*kept)
+            tell(shape, 0, 1)  # it may have to be compiled
         elif time is None or not self.enabled or capturing():
             return ordered[0]  # not remembered: a later call may be free to time
         else:
             worth = _worth_timing(ordered)
-            best = quickest(worth, time) or _first_that_runs([tile for tile in ordered if tile not in worth], time)
+            tell(shape, 0, len(worth))
+            best = quickest(worth, time, told=lambda done: tell(shape, done, len(worth))) or _first_that_runs(
+                [tile for tile in ordered if tile not in worth], time
+            )
             if best is None:  # remembered, so that not every call tries all of them again; not kept on disk
                 logging.warning("TFMQ: no tile could be timed for %s on %s", shape, at.name)
             else:
@@ -166,12 +194,22 @@ class Tuner:
             logging.debug("TFMQ: kernel times are not kept in %s: %s", self.path, error)
 
 
-def quickest(tiles: Iterable[Tile], time: Callable[[Tile], float], rounds: int = ROUNDS) -> Tile | None:
+def quickest(
+    tiles: Iterable[Tile],
+    time: Callable[[Tile], float],
+    rounds: int = ROUNDS,
+    told: Callable[[int], None] | None = None,
+) -> Tile | None:
     """The tile with the least median time; one that does not compile, does not fit or runs out of memory is left out.
-    None where no tile runs. In every round each has a turn, so that a clock that slows down meets all alike."""
+    None where no tile runs. In every round each has a turn, so that a clock that slows down meets all alike.
+
+    told: called in the first round, in which they are compiled, with how many are; what it raises ends this.
+    """
     times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
-    for _ in range(rounds):
-        for tile in list(times):
+    for turn in range(rounds):
+        for compiled, tile in enumerate(list(times)):
+            if told is not None and turn == 0 and compiled:
+                told(compiled)
             try:
                 times[tile].append(time(tile))
             except Exception as error:  # Triton's errors for what does not fit have no base class of their own
