@@ -550,6 +550,7 @@ def test_the_benchmark_of_operations_runs_to_its_end(tmp_path: Path) -> None:
         assert operation["failed"] == [], done.stderr
         assert {"fp16", "int_mm", "quantize", "product_w8a8", "ours_w8a8", "ours_w4a8"} <= set(operation["median_us"])
         assert operation["product_rate_over_int_mm"] > 0
+        assert ("ours_w8a8_nchw" in operation["median_us"]) == (operation["kind"] == "conv")
     assert {operation["kind"] for operation in found["ops"]} == {"conv", "linear"}
     assert found["mean_ratio"].keys() == set().union(*(operation["ratio"] for operation in found["ops"]))
 
