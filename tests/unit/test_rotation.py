@@ -14,6 +14,7 @@ from tfmq.decide import scheme_of, static_grid
 from tfmq.files import CALIBRATION, read_calibration, read_manifest, read_tensors, write, write_calibration
 from tfmq.grouped import nearest, search_grid, values
 from tfmq.kernels.geometry import Geometry
+from tfmq.kernels.table import BACKENDS
 from tfmq.leaf import QuantLinear
 from tfmq.observe import LayerObserver, LayerStatistics
 from tfmq.quantizer import channel_scale, dequantize_weight, quantize_rows, quantize_weight
@@ -290,6 +291,21 @@ def test_a_rotated_leaf_on_tensor_cores(
     ratio = (y.float() - exact).norm() / (before.float() - exact).norm()
     # One to three roundings to x's type beside the one to 4 or 8 bits.
     assert float(ratio) < {torch.float16: 1.02, torch.bfloat16: 1.1}[dtype]
+
+
+def test_on_tensor_cores_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: x.dtype == torch.float16)
+    layer, found, x = observed(10.0, channels=96)
+    found = dataclasses.replace(found, balance=torch.rand(96) + 0.5, permutations=permutations(96, 32))
+    scheme = Scheme(8, 8, STATIC, True, rotation=32, permuted=True)
+    leaf = QuantLinear(solve_layer(scheme, found, layer.weight, "minmax"), Geometry((24, 96)), CLOCK, layer.bias)
+    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: BACKENDS[-1])
+    x = x.half()
+    with torch.inference_mode():
+        expected = leaf(x)
+        torch._dynamo.reset()
+        for backend in "eager", "aot_eager":
+            assert torch.equal(torch.compile(leaf, backend=backend, fullgraph=True)(x), expected)
 
 
 def test_on_a_gpu_alone() -> None:
