@@ -143,7 +143,11 @@ def main() -> None:
     parser.add_argument("--prompts", help="not used")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--models", nargs="*", choices=list(unet.CONFIGS), default=list(unet.CONFIGS))
+    models = list(unet.CONFIGS)
+    parser.add_argument(
+        "--models", nargs="*", choices=[*models, *(m + unet.NCHW for m in models)], default=models,
+        help=f"with {unet.NCHW}: every transformer leaves its image in that order, as the host's does",
+    )  # fmt: skip
     parser.add_argument("--contenders", nargs="*", help="ours is always among them")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no further round begins")
@@ -174,10 +178,10 @@ def main() -> None:
             found.setdefault(model, {})
             for name, ratio in found[model].get("ratio", {}).items():
                 print(f"{model:6s}{name:20s}{found[model]['median_s'][name]:8.3f} s {ratio:6.2f} x ours")
-            if arguments.operations and device.type == "cpu":
+            if arguments.operations and device.type == "cpu" and model in unet.CONFIGS:
                 found[model]["operations"] = operations(model)
                 write()
-            if arguments.end_to_end:
+            if arguments.end_to_end and model in unet.CONFIGS:
                 found[model]["end_to_end"] = end_to_end(model, device)
                 print(model, found[model]["end_to_end"], flush=True)
                 write()

@@ -63,7 +63,7 @@ def default_contenders(device: torch.device) -> list[str]:
 
 def build(name: str, model: str, device: torch.device, cache: Path) -> Contender:
     """Raises Missing. cache: a folder for calibrations and converted networks, so that a second run starts sooner."""
-    config = unet.CONFIGS[model]
+    config = unet.config_of(model)
     if name.startswith("openvino"):
         return _openvino(name, config, cache / model)
     if name.startswith("ours"):

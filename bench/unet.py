@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ SUPPLY = (1 << 22) + 15  # of random numbers; a prime
 class Config:
     """depths: transformer blocks behind each residual block, level by level; `middle`: in the middle block.
 
-    head_channels: per head, or None for 8 heads everywhere. `pooled`: width of the vector condition, or 0.
+    head_channels: per head, or None for 8 heads everywhere. `pooled`: width of the vector condition, or 0. `nchw`:
+    every transformer leaves its image in that order, as the host's does, in a network that is channels last elsewhere.
     """
 
     latent: int
@@ -35,6 +36,7 @@ class Config:
     pooled: int
     channels: int = 320
     blocks: int = 2
+    nchw: bool = False
 
     def heads(self, channels: int) -> int:
         return 8 if self.head_channels is None else channels // self.head_channels
@@ -44,6 +46,14 @@ CONFIGS = {
     "sd15": Config(64, (1, 2, 4, 4), (1, 1, 1, 0), 1, 768, None, False, 0),
     "sdxl": Config(128, (1, 2, 4), (0, 2, 10), 10, 2048, 64, True, 2816),
 }
+NCHW = "_nchw"
+
+
+def config_of(model: str) -> Config:
+    """By its name in CONFIGS, or that with NCHW behind it."""
+    if model.endswith(NCHW):
+        return replace(CONFIGS[model.removesuffix(NCHW)], nchw=True)
+    return CONFIGS[model]
 
 
 def apart(x: Tensor, heads: int) -> Tensor:
@@ -125,8 +135,9 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, context: int, heads: int, depth: int, linear: bool) -> None:
+    def __init__(self, channels: int, context: int, heads: int, depth: int, linear: bool, nchw: bool = False) -> None:
         super().__init__()
+        self.order = torch.contiguous_format if nchw else torch.channels_last
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
@@ -205,7 +216,8 @@ class UNetModel(nn.Module):
             if not depth:
                 return []
             heads = config.heads(channels)
-            return [SpatialTransformer(channels, config.context, heads, depth, config.linear_projection)]
+            linear = config.linear_projection
+            return [SpatialTransformer(channels, config.context, heads, depth, linear, config.nchw)]
 
         self.input_blocks = nn.ModuleList([Steps(nn.Conv2d(4, base, 3, padding=1))])
         skips, channels = [base], base

@@ -177,7 +177,9 @@ def _activation(recipe: Recipe, statistics: LayerStatistics, weight_bits: int, c
         return choice, False, reason
     rotated_choice, rotated_error, _ = _kind(recipe, statistics.rotated, dynamic_cost)
     time = dynamic_cost if rotated_choice == DYNAMIC else 1.0
-    rotated_error *= 1 + costs.rotation / time
+    permutations = 0 if statistics.permutations is None else len(statistics.permutations)
+    shape, balanced = statistics.shape, statistics.balance is not None
+    rotated_error *= 1 + costs.of_rotation(shape, group_of(shape[1]), permutations, balanced) / time
     weights = 0.0, 0.0
     if statistics.weight_error is not None:
         share = WEIGHT_SHARE * AFTER_FEEDBACK if weight_bits == 8 else WEIGHT_SHARE

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .grids import Row
 from .grouped import Grid, Packed
 from .guidance import split
 from .kernels.geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
@@ -27,10 +28,11 @@ from .kernels.table import (
     Backend,
     pick,
 )  # fmt: skip
+from .kernels.triton_tune import capturing
 from .last_input import Reading
 from .packed_codes import PackedCodes, plain
 from .quantizer import dequantize_weight, per_channel
-from .rotation import rotate, unrotate
+from .rotation import constant, rotate, rotate_as_means, scaled, suits_tensor_cores, unrotate
 from .scheme import NONE
 from .solve import LayerState
 from .timeline import Clock
@@ -65,6 +67,7 @@ class LeafCore(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
         self._sums: tuple[Any, Tensor] | None = None
+        self._rows: dict[int, Row] = {}  # by branch, on the device where the leaf ran last
         self.reading = self._how_it_reads()
         self.readers = 1
 
@@ -96,25 +99,28 @@ class LeafCore(nn.Module):
         norm: Norm | None = None,
         gated: bool = False,
         streamed: bool = False,
+        resident: object | None = None,
     ) -> Tensor:
         """Run the layer on integer codes, int8 [N, K, ...] or packed.
 
         owner: what `codes` belong to; while it is the same object, the prepared form of the weight is reused.
         norm: the input is SiLU(norm(x)). gated: the result is `geglu` of the layer's. streamed: the codes are a copy of
-        the owner's for this call alone, and nothing is kept of them but their sums.
+        the owner's, and no memory is held for them but that of their sums. resident: such a copy that the host keeps
+        where it is; while it is the same object, the prepared form is reused if it lies in the copy's own memory.
         """
         if x.numel() == 0:
             return geglu(self._empty(x)) if gated else self._empty(x)
         if gated and not self._gates(x.device, streamed):
-            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed))
-        prepared = self._prepare(x.device, owner, codes, scale, streamed)
+            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed, resident=resident))
+        prepared = self._prepare(x.device, owner, codes, scale, streamed, resident)
         module, weight = prepared[1].module, prepared[2]
         if gated:
             if not torch.compiler.is_compiling():
-                self.clock.last_input.drop()
+                self.clock.at(x.device).last_input.drop()
             return getattr(module, MULTIPLY_GATED)(self._quantize(x, weight, module), weight, bias).to(x.dtype)
         if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
-            made = self.clock.last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
+            last_input = self.clock.at(x.device).last_input
+            made = last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
             if made is not None:
                 return module.multiply(made, weight, bias).to(x.dtype)
         rows, inverse = self._rotated(x)
@@ -140,6 +146,10 @@ class LeafCore(nn.Module):
         """What is quantized of x, and what it still has to be multiplied by."""
         if not self.scheme.rotation:
             return x, self.inverse_balance
+        if suits_tensor_cores(x):
+            rows = x if self.inverse_balance is None else scaled(x, self.inverse_balance)
+            rows, factor = rotate_as_means(rows, self.scheme.rotation, self.permutations)
+            return rows, constant(factor, x.shape[-1], x.device)
         rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
         # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway.
         narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32
@@ -150,7 +160,7 @@ class LeafCore(nn.Module):
         rows, inverse = self._rotated(x)
         if self.act_scale is None:
             return module.quantize_dynamic(rows, weight, inverse, self.scheme.activation_bits)
-        grid = self._grid_now(x.device, self.act_scale, self._zero_points(), inverse)
+        grid = self._grid_now(x.device, 0, self.act_scale, inverse)
         return module.quantize_static(self._clipped(rows, grid), weight, grid)
 
     def _run(self, x: Tensor, weight: Any, inverse_balance: Tensor | None, bias: Tensor | None, run: Any) -> Tensor:
@@ -158,20 +168,20 @@ class LeafCore(nn.Module):
         if self.act_scale is None:
             return run(x, weight, inverse_balance, bias, self.scheme.activation_bits)
         if self.act_scale.dim() == 1:
-            grid = self._grid_now(x.device, self.act_scale, self._zero_points(), inverse_balance)
+            grid = self._grid_now(x.device, 0, self.act_scale, inverse_balance)
             return run(self._clipped(x, grid), weight, grid, bias)
         pieces = []
-        for branch, rows in split(x, self.clock.branches):
-            table = self.act_scale[branch], self._zero_points()[branch]
-            grid = self._grid_now(x.device, *table, inverse_balance)
+        for branch, rows in split(x, self.clock.at(x.device).branches):
+            grid = self._grid_now(x.device, branch, self.act_scale, inverse_balance)
             pieces.append(run(self._clipped(rows, grid), weight, grid, bias))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _prepare(
-        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool
-    ) -> tuple[Any, Backend, Any]:
-        prepared = self._prepared
-        if prepared is not None and prepared[0] is owner and not streamed:
+        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool,
+        resident: object | None,
+    ) -> tuple[Any, Backend, Any]:  # fmt: skip
+        prepared, of = self._prepared, resident if streamed else owner
+        if prepared is not None and of is not None and prepared[0] is of:
             return prepared
         if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
             prepared = self._prepared = (owner, codes.owner, codes.ready)
@@ -185,8 +195,12 @@ class LeafCore(nn.Module):
         if streamed:
             sums = self._sums_of(owner, codes)
             if isinstance(codes, Packed):
-                return owner, backend, module.prepare_packed(codes, self.geometry, sums)
-            return owner, backend, module.prepare(codes, scale, self.geometry, sums)
+                made = of, backend, module.prepare_packed(codes, self.geometry, sums)
+            else:
+                made = of, backend, module.prepare(codes, scale, self.geometry, sums)
+            if of is not None and _in_place(made[2], codes):
+                self._prepared = made
+            return made
         if isinstance(codes, Packed):
             ready = module.prepare_packed(codes, self.geometry)
         else:
@@ -212,9 +226,21 @@ class LeafCore(nn.Module):
         """Let go of `codes` for `same`, which has the same entries in the memory of the prepared form."""
 
     def _grid_now(
-        self, device: torch.device, scale: Tensor, zero_point: Tensor, inverse_balance: Tensor | None
+        self, device: torch.device, branch: int, scale: Tensor, inverse_balance: Tensor | None
     ) -> StaticInput:
-        now = self.clock.index(device)
+        """scale: `act_scale`. branch: which row of the tables, where the branches of CFG are apart."""
+        moment, zero_point = self.clock.at(device), self._zero_points()
+        if not torch.compiler.is_compiling():
+            row = self._rows.get(branch)
+            if row is None or not row.is_of(moment.grids, scale, zero_point):
+                row = None
+                if not capturing():  # a graph would hold on to the tables that are written into their place now
+                    row = self._rows[branch] = moment.grids.row(self, branch, scale, zero_point)
+            if row is not None:
+                return StaticInput(row.scale, row.zero_point, inverse_balance)
+        if scale.dim() == 2:
+            scale, zero_point = scale[branch], zero_point[branch]
+        now = moment.index
         return StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), inverse_balance)
 
     def _clipped(self, x: Tensor, grid: StaticInput) -> Tensor:
@@ -238,7 +264,15 @@ class LeafCore(nn.Module):
         return x.new_empty(x.shape[0], self.geometry.shape[0], *self.geometry.output_size(x.shape[2], x.shape[3]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_sums": None}  # a packed weight can be neither copied nor pickled
+        # A packed weight can be neither copied nor pickled, and a copy has rows of its own.
+        return {**self.__dict__, "_prepared": None, "_sums": None, "_rows": {}}
+
+
+def _in_place(ready: Any, codes: Tensor | Packed) -> bool:
+    """Whether a prepared weight lies in the memory of the codes that it was made of."""
+    given = codes.codes if isinstance(codes, Packed) else codes
+    kept = getattr(ready, "codes", None)
+    return isinstance(kept, Tensor) and kept.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 class _PlainLeaf(LeafCore):

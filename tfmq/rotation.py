@@ -49,6 +49,39 @@ def rotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:
     return x
 
 
+def suits_tensor_cores(x: Tensor) -> bool:
+    """Whether the device multiplies x's type several times as fast as float32."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def rotate_as_means(x: Tensor, group: int, permutations: Tensor | None = None) -> tuple[Tensor, float]:
+    """x [..., K] in 16 bits -> y, of its shape and type, and a factor: `rotate` gives y * factor.
+
+    The matrices hold +-1 / group instead of +-1 / sqrt(group): powers of two, which every float type holds exactly, and
+    means of entries of x, of which none is larger than the largest of x, so that float16 does not overflow. They are
+    rounded once a pass, to x's type.
+    """
+    if permutations is None:
+        return _means(x, group), group**0.5
+    for permutation in permutations.to(x.device, torch.int64):
+        x = _means(_select(x, permutation), group)
+    return x, group ** (len(permutations) / 2)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor in float32, rounded once to x's type, in one pass."""
+    if x.requires_grad:
+        return (x * factor).to(x.dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x))
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, count: int, device: torch.device) -> Tensor:
+    """float32 [count], all of them `value`; the same tensor again for the same arguments."""
+    with torch.inference_mode(False):
+        return torch.full((count,), value, dtype=torch.float32, device=device)
+
+
 def unrotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:
     """The inverse of `rotate`."""
     if not group:
@@ -127,10 +160,26 @@ def _blocks(x: Tensor, group: int) -> Tensor:
     return (blocks @ _hadamard(group, x.device, x.dtype)).reshape(x.shape)
 
 
+def _means(x: Tensor, group: int) -> Tensor:
+    blocks = x.reshape(*x.shape[:-1], -1, group)
+    return (blocks @ _averages(group, x.device, x.dtype)).reshape(x.shape)
+
+
+@lru_cache(maxsize=64)
+def _averages(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return (_signs(size) / size).to(device=device, dtype=dtype)
+
+
 @lru_cache(maxsize=64)
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # kept for every later caller, inside of inference mode or not
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while matrix.shape[0] < size:  # Sylvester's construction
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return (matrix / size**0.5).to(device=device, dtype=dtype)
+        return (_signs(size) / size**0.5).to(device=device, dtype=dtype)
+
+
+def _signs(size: int) -> Tensor:
+    """Hadamard matrix of +-1, float64, by Sylvester's construction."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

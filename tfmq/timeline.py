@@ -6,12 +6,16 @@ any sampler, scheduler and number of steps.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .grids import Grids
 from .last_input import LastInput
 
 
@@ -67,48 +71,87 @@ class Partition:
         return torch.bucketize(position, edges, right=True)
 
 
+class Moment:
+    """Where the model call that now runs on one device is. index: its interval, int64 [1], written in place.
+
+    branches: which equal share of the batch is conditional (0) and which unconditional (1), in order. grids: of all
+    leaves there. leader: the thread whose calls on this device set it.
+    """
+
+    def __init__(self, index: Tensor, branches: tuple[int, ...]) -> None:
+        self.index = index
+        self.branches = branches
+        self.last_input = LastInput()
+        self.grids = Grids(index)
+        self.leader: weakref.ref[threading.Thread] | None = None
+
+    def move(self, index: Tensor, branches: tuple[int, ...]) -> None:
+        """To another interval, int64 [1]."""
+        self.branches = branches
+        self.last_input.drop()
+        self.index.copy_(index)
+        self.grids.gather()
+
+    def follows(self, thread: threading.Thread) -> bool:
+        """Whether a call in `thread` on another device moves this one too: no other thread has calls here."""
+        leader = None if self.leader is None else self.leader()
+        return leader is None or leader is thread or not leader.is_alive()
+
+
 class Clock:
-    """The interval of the model call now running, as one device tensor that all leaves of a model share.
+    """The interval of the model call now running, as a device tensor that all leaves of a model there share.
 
     A tensor, because a Python number read inside a layer would force a device sync per layer and would be frozen into
-    a compiled or captured graph.
+    a compiled or captured graph. There is a moment per device: with several GPUs the host runs calls of one model at
+    the same time, in a thread for each.
     """
 
     def __init__(self, axis: TimeAxis, partition: Partition) -> None:
         self.axis = axis
         self.partition = partition
-        self._index: dict[torch.device, Tensor] = {}
-        self.branches: tuple[int, ...] = (0,)
-        self.last_input = LastInput()
+        self._moments: dict[torch.device, Moment] = {}
+        self._lock = threading.RLock()
 
     def set(self, t: Tensor, branches: tuple[int, ...] = (0,)) -> None:
-        """`t`: timesteps of one call, [B] or a scalar; the rows of one call share their timestep, the first counts.
-
-        `branches`: which equal share of the batch is conditional (0) and which unconditional (1), in order.
+        """A call begins on the device of `t`: timesteps, [B] or a scalar; the rows of one call share theirs, the first
+        counts. Devices on which no other thread has calls follow. branches: as in `Moment`.
         """
-        self.branches = branches
-        self.last_input.drop()
         index = self.partition.index(self.axis.position(t.reshape(-1)[:1]))
-        self._slot(t.device).copy_(index)
-        for device, slot in self._index.items():
-            if device != t.device:
-                slot.copy_(index)
+        thread = threading.current_thread()
+        with self._lock:
+            here = self.at(t.device)
+            here.leader = weakref.ref(thread)
+            for moment in self._moments.values():
+                if moment is here or moment.follows(thread):
+                    moment.move(index, branches)
 
     def index(self, device: torch.device) -> Tensor:
         """int64 tensor [1] on `device`, updated in place by `set`."""
-        return self._slot(device)
+        return self.at(device).index
 
-    def _slot(self, device: torch.device) -> Tensor:
-        slot = self._index.get(device)
-        if slot is None:
-            # A new device starts where the others are; the first one of all starts at the noisy end.
-            last = next(iter(self._index.values()), None)
-            start = torch.tensor([self.partition.count - 1]) if last is None else last
-            with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
-                slot = torch.empty(1, dtype=torch.int64, device=device)
-            slot.copy_(start)
-            self._index[device] = slot
-        return slot
+    def at(self, device: torch.device) -> Moment:
+        """The moment on `device`, always the same object."""
+        found = self._moments.get(device)
+        return self._new(device) if found is None else found
+
+    def _new(self, device: torch.device) -> Moment:
+        with self._lock:
+            if device not in self._moments:
+                # A new device starts where the others are; the first one of all starts at the noisy end.
+                last = next(iter(self._moments.values()), None)
+                with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+                    index = torch.empty(1, dtype=torch.int64, device=device)
+                index.copy_(torch.tensor([self.partition.count - 1]) if last is None else last.index)
+                self._moments[device] = Moment(index, (0,) if last is None else last.branches)
+            return self._moments[device]
 
     def __deepcopy__(self, memo: dict) -> Clock:
         return self  # a copied leaf still belongs to the run of its model
+
+    def __getstate__(self) -> dict[str, Any]:
+        where = {device: (moment.index, moment.branches) for device, moment in self._moments.items()}
+        return {"axis": self.axis, "partition": self.partition, "where": where}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["axis"], state["partition"])  # type: ignore[misc]
+        self._moments = {device: Moment(*where) for device, where in state["where"].items()}

@@ -215,6 +215,29 @@ def test_a_weight_that_is_streamed_lies_as_it_did(quantized):
             assert there._qdata.shape[-1] == leaf.geometry.shape[1]
 
 
+def test_what_dynamic_loading_keeps_on_the_device_is_prepared_once(quantized, monkeypatch):
+    """It hands the same object over at every call, `_v_weight`, as long as it lies there."""
+    table, reference = patchers.module("tfmq.kernels.table"), patchers.module("tfmq.kernels.reference")
+    monkeypatch.setattr(patchers.module("tfmq.leaf"), "pick", lambda *_: table.BACKENDS[-1])
+    inner, count = reference.prepare, []
+    monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
+    for path in linear_and_conv(quantized):
+        leaf = copy.deepcopy(patchers.leaves(quantized)[path])
+        x = torch.randn(2, *_input(leaf))
+        with torch.inference_mode():
+            there, elsewhere = (leaf.weight.clone() for _ in range(2))
+            expected = [leaf.integer_forward(x, there, leaf.bias) for _ in range(2)]
+            assert len(count) == 2, "streamed in for one call"
+            leaf._v_weight = there
+            expected += [leaf.integer_forward(x, there, leaf.bias) for _ in range(3)]
+            assert len(count) == 3
+            leaf._v_weight = elsewhere
+            expected += [leaf.integer_forward(x, elsewhere, leaf.bias) for _ in range(2)]
+            assert len(count) == 4
+        assert all(torch.equal(y, expected[0]) for y in expected)
+        count.clear()
+
+
 def test_the_tables_follow_the_input(quantized):
     """The host streams the parameters of a leaf that is not on the device, and leaves its buffers where they are."""
     found = set()

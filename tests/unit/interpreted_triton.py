@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq import grouped, norm_chain
-from tfmq.kernels import reference, table, triton_backend, triton_launch
+from tfmq.kernels import reference, table, triton_backend, triton_launch, triton_ops, triton_probe
 from tfmq.kernels.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels.triton_launch import Prepared, tuner
 from tfmq.kernels.triton_tune import Tile
@@ -413,6 +413,25 @@ def test_the_custom_operations_keep_what_they_declare(which: int) -> None:
     torch.library.opcheck(getattr(torch.ops.tfmq, name).default, arguments)
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_without_custom_operations_a_graph_breaks_and_no_result(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "REGISTERED", False)
+    monkeypatch.setattr(triton_ops, "_outside_of_graphs", torch.compiler.disable(triton_ops._plain))
+    name, x, rest = operations()[which]
+    run = getattr(triton_backend, name)
+    expected = run(x, *rest)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    y = torch.compile(lambda x: run(x + 1 - 1, *rest) + 1, backend=backend)(x)
+    assert torch.equal(y, run(x + 1 - 1, *rest) + 1) and expected.shape == y.shape
+    assert len(graphs) == 2
+
+
 def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all intervals: the row of the table is read on the device."""
     backend = next(b for b in table.BACKENDS if b.module is triton_backend)
@@ -441,3 +460,29 @@ def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
             near(seen[-1], leaf(x))
     assert len(graphs) == 1
     assert not torch.equal(seen[0], seen[-1])
+
+
+# --- whether it works at all ----------------------------------------------------------------------------------------
+
+
+def test_the_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> str | None:
+        monkeypatch.setattr(triton_probe, "_found", {})
+        return triton_probe.fault(torch.device("cpu"))
+
+    assert found() is None
+    product, quantize = triton_launch.product, triton_launch.quantize_image
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "product", lambda *args, **more: product(*args, **more) * 1.01)
+        assert "wrong sums here" in found()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "quantize_image", lambda *args: quantize(*args) ^ 1)
+        assert "quantizes wrongly here (4224 of 4224 codes)" in found()
+    with monkeypatch.context() as patch:
+
+        def raises(*_: object) -> None:
+            raise RuntimeError("PTX was compiled with an unsupported toolchain")
+
+        patch.setattr(triton_launch, "quantize_image", raises)
+        assert "unsupported toolchain" in found()
+    assert found() is None

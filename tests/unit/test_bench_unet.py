@@ -29,6 +29,26 @@ def test_activations_keep_their_size() -> None:
     assert 0.2 < float(y.std()) < 5
 
 
+def test_the_order_of_the_hosts_transformers(monkeypatch, tmp_path) -> None:
+    """The same numbers; images in NCHW order between the blocks, which convolutions then meet."""
+    monkeypatch.setitem(unet.CONFIGS, "small", small())
+    found, orders = [], []
+    for name in "small", "small" + unet.NCHW:
+        config = unet.config_of(name)
+        network = unet.UNetModel(config)
+        unet.fill(network)
+        seen = orders.append([]) or orders[-1]
+        for module in network.modules():
+            if isinstance(module, unet.SpatialTransformer):
+                module.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y.is_contiguous()))
+        with torch.no_grad():
+            found.append(network(*unet.inputs(config, 2, torch.float32, torch.device("cpu"))))
+    torch.testing.assert_close(found[0], found[1])
+    assert orders[0] and not any(orders[0]) and all(orders[1])
+    with torch.inference_mode():
+        assert speed_networks.build("bf16", "small" + unet.NCHW, torch.device("cpu"), tmp_path).step().shape[0] == 2
+
+
 def test_ours_is_quantized_and_close(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(unet.CONFIGS, "small", small())
     cpu = torch.device("cpu")

@@ -13,8 +13,10 @@ from tfmq.calibration import Calibration
 from tfmq.costs import NARROW, Costs
 from tfmq.decide import decide, dynamic_error, static_error, static_grid
 from tfmq.errors import TfmqError
+from tfmq.kernels.table import BACKENDS
 from tfmq.observe import LayerStatistics
 from tfmq.quantizer import affine_grid, histogram_error, search_range
+from tfmq.rotation import group_of
 from tfmq.scheme import DYNAMIC, NONE, PRESETS, STATIC, Recipe, Scheme
 from tfmq.timeline import Partition, TimeAxis
 
@@ -115,6 +117,37 @@ def test_a_rotation_must_be_worth_its_time(
     found = statistics(channels=32)
     found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([ratio, 1.0])))
     costs = Costs(dynamic_cost, rotation_cost)
+    scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, costs).layers["a"]
+    assert scheme.rotation == (32 if rotated else 0)
+
+
+CARDS = {  # GB/s, float16 TFLOPS with float32 sums, int8 TOPS: data sheets
+    "RTX 3090": (936, 71, 284), "RTX 5090": (1792, 209.5, 838), "A100": (1555, 312, 624), "H100": (3350, 989, 1979),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_what_a_rotation_costs_on_a_gpu(card: str) -> None:
+    """By the shape of the layer, and much the same on all cards."""
+    costs = next(b.costs for b in BACKENDS if b.name == "triton")
+    memory, float16, int8 = CARDS[card]
+    there = replace(costs, float16=1e3 * float16 / memory, int8=1e3 * int8 / memory)
+    for n, k in ((320, 320), (2560, 320), (320, 1280), (640, 640), (5120, 640), (1280, 5120), (10240, 1280)):
+        shape, group = (n, k), group_of(k)
+        one = costs.of_rotation(shape, group)
+        assert 0.05 < one < 1.5 and one > costs.of_rotation((2 * n, k), group)
+        assert 0.5 < there.of_rotation(shape, group) / one < 1.5
+        assert costs.of_rotation(shape, group, 1) > one and costs.of_rotation(shape, group, balanced=True) > one
+        assert costs.of_rotation(shape, group, 2) > 2 * one
+
+
+@pytest.mark.parametrize(("outputs", "rotated"), [(64, False), (4096, True)])
+def test_a_gpu_rotates_what_has_many_outputs(outputs: int, rotated: bool) -> None:
+    """Beside a product that takes long the rotation is cheap."""
+    costs = next(b.costs for b in BACKENDS if b.name == "triton")
+    found = replace(statistics(channels=32), shape=(outputs, 32))
+    found = replace(found, rotated=replace(found, row_error=found.row_error * torch.tensor([0.45, 1.0])))
+    recipe = Recipe("r", activations=DYNAMIC)
     scheme = decide(recipe, calibration({"a": found}), {"a": "linear"}, {}, costs).layers["a"]
     assert scheme.rotation == (32 if rotated else 0)
 

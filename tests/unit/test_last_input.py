@@ -165,7 +165,7 @@ def test_a_layer_without_siblings_keeps_nothing(counted: Counted) -> None:
         other(x)
         one(tensor(seed))
         assert counted.since() == (0, 3)
-        entry = on.last_input._entry
+        entry = on.at(CPU).last_input._entry
         assert entry is None or entry.codes is None
 
 
@@ -305,7 +305,7 @@ def test_where_nobody_can_see_that_a_tensor_changed(own: bool) -> None:
 
 
 def codes_of(on: Clock) -> "weakref.ref[Tensor]":
-    entry = on.last_input._entry
+    entry = on.at(CPU).last_input._entry
     assert entry is not None and entry.codes is not None
     return weakref.ref(entry.codes.values)
 

@@ -276,6 +276,43 @@ def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pyte
     assert count[0] is count[1] and torch.equal(count[0], codes.sum(1).int())  # read once
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_copy_that_stays_is_prepared_once(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dynamic loading keeps a weight on the device, until it needs the room for another."""
+    made = make(operation)
+    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    leaf, owner, count = made.leaf, object(), []
+    inner = reference.prepare
+    monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
+
+    def run(codes: Tensor, resident: object | None) -> Tensor:
+        y = leaf.compute(made.x, owner, codes, leaf.weight_scale, None, streamed=True, resident=resident)
+        return y.detach()
+
+    first, again = leaf.codes.clone(), leaf.codes.clone()
+    here, there = object(), object()
+    y = [run(first, here) for _ in range(3)]
+    assert len(count) == 1 and torch.equal(y[0], y[2])
+    assert leaf._prepared[2].codes.data_ptr() == first.data_ptr()  # no memory but that of the copy
+    assert torch.equal(run(first.clone(), None), y[0]) and len(count) == 2, "for one call"
+    for _ in range(2):  # went, and came back to another place
+        assert torch.equal(run(again, there), y[0])
+    assert len(count) == 3 and leaf._prepared[2].codes.data_ptr() == again.data_ptr()
+
+
+@pytest.mark.parametrize("operation", [LINEAR_STATIC, CONV2D_STATIC])
+def test_nothing_is_kept_that_takes_memory(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(operation)
+    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    leaf, count = made.leaf, []
+    inner = reference.prepare
+    monkeypatch.setattr(reference, "prepare", lambda c, *a: count.append(1) or inner(c.clone(), *a))
+    here, codes, owner = object(), leaf.codes.clone(), object()
+    for _ in range(2):
+        leaf.compute(made.x, owner, codes, leaf.weight_scale, None, streamed=True, resident=here)
+    assert len(count) == 2 and leaf._prepared is None
+
+
 @pytest.mark.parametrize("operation", [LINEAR_STATIC, CONV2D_STATIC])
 def test_a_weight_that_a_kernel_holds_in_another_order_is_not_there_twice(
     operation: str, monkeypatch: pytest.MonkeyPatch

@@ -186,7 +186,7 @@ def test_it_is_taken(calls: list, last: bool) -> None:
         (leaf_of(EIGHT, branches=2), (), (), 2),
     ):
         calls.clear()
-        leaf.clock.branches = (0, 1)
+        leaf.clock.at(CPU).branches = (0, 1)
         sequence = chain(leaf, *between, head=head)
         with torch.inference_mode():
             plain = sequence(x)

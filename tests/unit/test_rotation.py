@@ -1,21 +1,34 @@
 """Rotations of both kinds, their choice, and layers that use them."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import tfmq.leaf
 from tfmq.calibration import Calibration
 from tfmq.decide import scheme_of, static_grid
 from tfmq.files import CALIBRATION, read_calibration, read_manifest, read_tensors, write, write_calibration
 from tfmq.grouped import nearest, search_grid, values
 from tfmq.kernels.geometry import Geometry
+from tfmq.kernels.table import BACKENDS
 from tfmq.leaf import QuantLinear
 from tfmq.observe import LayerObserver, LayerStatistics
 from tfmq.quantizer import channel_scale, dequantize_weight, quantize_rows, quantize_weight
-from tfmq.rotation import choose_rotation, find_permutations, group_of, rotate, unrotate, weight_errors, zigzag
+from tfmq.rotation import (
+    choose_rotation,
+    find_permutations,
+    group_of,
+    rotate,
+    rotate_as_means,
+    suits_tensor_cores,
+    unrotate,
+    weight_errors,
+    zigzag,
+)
 from tfmq.scheme import DYNAMIC, STATIC, Recipe, Scheme
 from tfmq.solve import solve_layer
 from tfmq.timeline import Clock, Partition, TimeAxis
@@ -212,6 +225,96 @@ def test_a_rotated_leaf_computes_what_it_says(activation: str, bits: int, balanc
         y = leaf(x.to(dtype))
         assert y.dtype == dtype
         assert float((y.detach().double() - expected).norm() / expected.norm()) < 0.05
+
+
+# --- on tensor cores --------------------------------------------------------------------------------------------------
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_means_in_16_bits(dtype: torch.dtype, group: int, passes: int) -> None:
+    g = torch.Generator().manual_seed(group)
+    x = torch.randn(50, 2 * group, generator=g).to(dtype)
+    order = torch.stack([torch.randperm(2 * group, generator=g) for _ in range(2)])[:passes] if passes else None
+    y, factor = rotate_as_means(x, group, order)
+    expected = rotate(x.double(), group, order)
+    assert y.dtype == dtype and y.shape == x.shape
+    error = (y.double() * factor - expected).norm() / expected.norm()
+    digits = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    assert float(error) < digits * max(1, passes) ** 0.5  # one rounding to x's type per pass, and no other
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_the_factors_are_exact_in_16_bits(group: int) -> None:
+    """Of whole numbers every sum comes out as it is; 1 / sqrt(32), for one, float16 does not hold."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-9, 10, (20, group), generator=g).half()
+    y, _ = rotate_as_means(x, group)
+    assert torch.equal(y.double() * group, rotate(x.double(), group).mul(group**0.5).round())
+
+
+def test_float16_does_not_overflow() -> None:
+    x = torch.full((2, 256), 65504.0).half()
+    y, factor = rotate_as_means(x, 256)
+    assert y[0, 0] == 65504 and factor == 16 and bool((y[:, 1:] == 0).all())
+    y, _ = rotate_as_means(x, 256, torch.arange(256).expand(2, -1))
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("activation", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("activation_bits", [8, 4])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_rotated_leaf_on_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, activation: str, activation_bits: int, balanced: bool,
+    permuted: bool,
+) -> None:  # fmt: skip
+    """As good as with a rotation in float32, which is what the weight was rotated in."""
+    layer, found, x = observed(10.0, channels=96)
+    torch.manual_seed(1)
+    balance = torch.rand(96) + 0.5 if balanced else None
+    found = dataclasses.replace(found, balance=balance, permutations=permutations(96, 32) if permuted else None)
+    scheme = Scheme(8, activation_bits, activation, balanced, rotation=32, permuted=permuted)
+    leaf = QuantLinear(solve_layer(scheme, found, layer.weight, "minmax"), Geometry((24, 96)), CLOCK, layer.bias)
+    x = x.to(dtype)
+    monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: False)
+    with torch.no_grad():
+        exact = layer(x.float())
+        before = leaf(x)
+        seen = []
+        monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: seen.append(x.dtype) or True)
+        y = leaf(x)
+    assert seen == [dtype] and y.dtype == dtype and not torch.equal(y, before)
+    ratio = (y.float() - exact).norm() / (before.float() - exact).norm()
+    # One to three roundings to x's type beside the one to 4 or 8 bits.
+    assert float(ratio) < {torch.float16: 1.02, torch.bfloat16: 1.1}[dtype]
+
+
+def test_on_tensor_cores_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: x.dtype == torch.float16)
+    layer, found, x = observed(10.0, channels=96)
+    found = dataclasses.replace(found, balance=torch.rand(96) + 0.5, permutations=permutations(96, 32))
+    scheme = Scheme(8, 8, STATIC, True, rotation=32, permuted=True)
+    leaf = QuantLinear(solve_layer(scheme, found, layer.weight, "minmax"), Geometry((24, 96)), CLOCK, layer.bias)
+    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: BACKENDS[-1])
+    x = x.half()
+    with torch.inference_mode():
+        expected = leaf(x)
+        torch._dynamo.reset()
+        for backend in "eager", "aot_eager":
+            assert torch.equal(torch.compile(leaf, backend=backend, fullgraph=True)(x), expected)
+
+
+def test_on_a_gpu_alone() -> None:
+    assert not suits_tensor_cores(torch.ones(1, dtype=torch.float16))
+    for dtype, expected in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, False)):
+        there = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert suits_tensor_cores(there) == expected
 
 
 def test_a_static_grid_is_that_of_the_rotated_input() -> None:

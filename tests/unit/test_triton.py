@@ -1,19 +1,23 @@
 """The Triton backend without a GPU: results in Triton's interpreter, machine code for every target, choice of tiles."""
 
 import json
+import operator
 import os
 import platform
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.kernels import triton_backend, triton_tune
+from tfmq.kernels.geometry import Geometry
 from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
 
 UNIT = Path(__file__).parent
@@ -44,6 +48,64 @@ def test_results_in_the_interpreter(tmp_path: Path) -> None:
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
     assert passed > 100, done.stdout[-2000:]
     assert not (tmp_path / "tfmq").exists()  # nothing was timed
+
+
+@needs_triton
+@pytest.mark.parametrize("scoped", [True, False], ids=["from 3.6 on", "before"])
+def test_a_scalar_of_the_interpreter_is_a_number_with_any_numpy(monkeypatch: pytest.MonkeyPatch, scoped: bool) -> None:
+    """Triton before 3.7 turned an array of one entry into a number, which numpy 2.4 refuses."""
+    import numpy
+    from triton.runtime import interpreter
+
+    class Scope:
+        def set_attr(self, of: type, name: str, value: object) -> None:
+            setattr(of, name, value)
+
+    class Scalar:
+        handle = types.SimpleNamespace(data=numpy.array([[3]]))
+
+    def as_before(tensor: type, *scope: Scope) -> None:
+        for put in [s.set_attr for s in scope] or [setattr]:
+            put(tensor, "__index__", lambda self: int(self.handle.data))
+
+    scope = [Scope()] if scoped else []
+    as_before(Scalar, *scope)
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        with pytest.raises(TypeError, match="0-dimensional"):
+            operator.index(Scalar())
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", as_before)
+    mend()
+    mend()  # once is enough
+    interpreter._patch_lang_tensor(Scalar, *scope)
+    assert operator.index(Scalar()) == 3
+
+
+@needs_triton
+def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own functions are made for kernels: on the host they took a tenth of a layer's time."""
+    import triton
+
+    from tfmq.kernels import triton_launch
+    from tfmq.kernels.geometry import StaticInput
+
+    for n in (*range(1, 70), 127, 128, 129, 1 << 20, (1 << 20) + 1):
+        assert triton_launch.power_of_2(n) == triton.next_power_of_2(n)
+        assert all(triton_launch.cdiv(n, k) == triton.cdiv(n, k) for k in (1, 3, 16, 128))
+    for name in ("cdiv", "next_power_of_2"):
+        monkeypatch.setattr(triton, name, None)
+    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
+    recorded = {name: Recorded() for name in kernels}
+    for name, one in recorded.items():
+        monkeypatch.setattr(triton_launch, name, one)
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), None)
+    weight = triton_backend.prepare(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), Geometry((8, 32)))
+    x = torch.zeros(5, 32)
+    triton_backend.linear_static(x, weight, grid, None)
+    triton_backend.linear_dynamic(x, weight, None, None)
+    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16, tile=Tile(64, 64, 64, 2, 4, 2))
+    triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
+    triton_launch.layer_norm_quantize(x, torch.ones(32), torch.zeros(32), 1e-5, grid, 32)
+    assert all(hasattr(one, "call") for one in recorded.values())
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
@@ -158,6 +220,94 @@ def test_the_largest_shipped_tiles_fit(cache: None, capability: int) -> None:
     check(product(capability, largest, conv=True), capability)
 
 
+def wide(built: object, what: str) -> tuple[int, int]:
+    """Reads (ld) or writes (st) of global memory in the code: all of them, and those of 16 bytes each."""
+    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
+    return len(found), sum(int(count or 1) * int(bits) == 128 for count, bits in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
+    tile = Tile(128, 128, 64, 8, 8, 3)
+    each = 128 * 128 // (32 * tile.warps)  # results of a thread
+    for how in {"conv": True}, {"conv": False, "dynamic": True}, {"conv": False, "residual": True}:
+        written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
+        assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
+    assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
+    from tfmq.kernels.triton_product import finish_kernel
+
+    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "SPLIT": 2, "BM": 32, "BN": 64}
+    absent = dict.fromkeys(["row_scale", "row_offset", "residual"])
+    built = build(finish_kernel, capability, {"num_warps": 4}, **flags, **absent)
+    each = 32 * 64 // (32 * 4)
+    assert wide(built, "st") == (each // 8,) * 2
+    assert wide(built, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
+
+
+class Recorded:
+    """Stands for a kernel; `call`: the arguments of the last launch."""
+
+    call: tuple[tuple, dict]
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            self.call = args, options
+
+        return launch
+
+
+def as_launched(kernel, capability: int, call: tuple[tuple, dict]):
+    """Compile for the arguments of a launch, as Triton would on a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
+    args, options = call
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        general = parameter.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not general):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = types[value.dtype]
+        else:
+            signature[parameter.name] = "i32"
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if number is not None and (i,) not in constants and number % 16 == 0 and not general:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", options.pop(parameter.name)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@needs_triton
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
+    cache: None, monkeypatch: pytest.MonkeyPatch, balanced: bool
+) -> None:
+    """By the strides that the launch really has: of a Linear, and of an image in channels_last order."""
+    from tfmq.kernels import triton_launch, triton_quantize
+    from tfmq.kernels.geometry import StaticInput
+
+    recorded, kernel = Recorded(), triton_quantize.quantize_kernel
+    monkeypatch.setattr(triton_launch, "quantize_kernel", recorded)
+    inverse = torch.ones(320) if balanced else None
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), inverse)
+    image = torch.empty(2, 320, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    for run in (
+        lambda: triton_launch.quantize_matrix(torch.empty(100, 320, dtype=torch.float16), grid, 320),
+        lambda: triton_launch.quantize_image(image, grid, 320, (1, 1)),
+    ):
+        run()
+        built = as_launched(kernel, 89, recorded.call)
+        assert wide(built, "ld")[1] >= 128 * 32 // (32 * 8) // 8
+        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", built.asm["ptx"]), "one float16 at a time"
+
+
 @needs_triton
 def test_turing_is_refused_because_nothing_compiles_for_it(cache: None, capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(Exception):
@@ -179,6 +329,25 @@ def test_the_pack_runs_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["Triton is not installed", "int_mm", "False"], done.stderr
+
+
+@needs_triton
+def test_a_schema_that_torch_cannot_read_leaves_eager_mode_alone() -> None:
+    program = (
+        "import torch\n"
+        "inner = torch.library.custom_op\n"
+        "def refuse(name, *rest, **more):\n"
+        "    if name.startswith('tfmq::'): raise ValueError('unsupported type')\n"
+        "    return inner(name, *rest, **more)\n"
+        "torch.library.custom_op = refuse\n"
+        "from tfmq.kernels import triton_backend\n"
+        "print(triton_backend.unusable())\n"
+        "from tfmq.kernels import triton_ops\n"
+        "print(triton_ops.REGISTERED)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["None", "False"], done.stderr
+    assert "torch.compile breaks its graphs" in done.stderr
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
@@ -230,7 +399,7 @@ def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
     best, calls = triton_tune.candidates(LAYER, GPU)[2], []
     tuner = Tuner(path)
     assert tuner.choose(LAYER, GPU, times(best, calls)) == best
-    assert 1 < len(calls) <= triton_tune.TRIED
+    assert 1 < len(set(calls)) <= triton_tune.TRIED and len(calls) == triton_tune.ROUNDS * len(set(calls))
     count = len(calls)
     assert tuner.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
     other = Tuner(path)
@@ -242,6 +411,37 @@ def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
     other.forget()
     path.unlink()
     assert other.choose(LAYER, GPU, None) == triton_tune.candidates(LAYER, GPU)[0]
+
+
+def test_each_version_of_triton_has_its_own_times(tmp_path: Path) -> None:
+    path, (first, second) = tmp_path / "kernels.json", triton_tune.candidates(LAYER, GPU)[:2]
+    old, new = (Tuner(path, f"triton {version}") for version in ("3.6.0", "3.7.1"))
+    assert old.choose(LAYER, GPU, times(second)) == second
+    assert new.choose(LAYER, GPU, None) == first, "not timed yet"
+    assert new.choose(LAYER, GPU, times(first)) == first
+    assert Tuner(path, "triton 3.6.0").choose(LAYER, GPU, None) == second, "kept beside"
+
+
+@needs_triton
+def test_the_file_knows_what_compiled() -> None:
+    import triton
+
+    from tfmq.kernels.triton_launch import tuner
+
+    assert triton.__version__ in tuner._key(LAYER, GPU) and torch.__version__ in tuner._key(LAYER, GPU)
+
+
+def test_a_round_of_all_tiles_at_a_time() -> None:
+    """A GPU that slows down as it warms up: timed one after the other, the first would win."""
+    slow, quick = triton_tune.candidates(LAYER, GPU)[:2]
+    calls = []
+
+    def time(tile: Tile) -> float:
+        calls.append(tile)
+        return (1.0 if tile == quick else 1.1) * (1 + 0.02 * len(calls)) + (5.0 if len(calls) == 2 else 0.0)
+
+    assert triton_tune.quickest([slow, quick], time) == quick
+    assert calls == [slow, quick] * 3
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,11 +469,22 @@ def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) 
         return 5.0
 
     def never(tile: Tile) -> float:
+        tried.append(tile)
         raise error
 
     assert Tuner(tmp_path / "a").choose(LAYER, GPU, time) == ordered[1]
-    assert Tuner(tmp_path / "b").choose(LAYER, GPU, never) == ordered[0]
+    tuner, tried = Tuner(tmp_path / "b"), []
+    assert tuner.choose(LAYER, GPU, never) == ordered[0]
+    assert sorted(tried) == sorted(ordered), "all were tried, in the hope that one runs"
+    assert tuner.choose(LAYER, GPU, never) == ordered[0] and len(tried) == len(ordered), "and not again"
     assert not (tmp_path / "b").exists()
+
+    def last(tile: Tile) -> float:
+        if tile != ordered[-1]:
+            raise error
+        return 5.0
+
+    assert Tuner(tmp_path / "d").choose(LAYER, GPU, last) == ordered[-1]
 
     def interrupted(tile: Tile) -> float:
         raise KeyboardInterrupt
@@ -283,21 +494,22 @@ def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) 
 
 
 BEST = list(triton_tune.candidates(LAYER, GPU)[1])
-KEY = triton_tune._key(LAYER, GPU)
+KEY = Tuner(None)._key(LAYER, GPU)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 1}', b'{"format": 1, "tiles": [1]}',
-        json.dumps({"format": 0, "tiles": {KEY: BEST}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: BEST[:3]}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: [1 << 20] * 6}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: ["a"] * 6}}).encode(),
-        json.dumps({"format": 1, "tiles": {KEY: 3}}).encode(),
+        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 2}', b'{"format": 2, "tiles": [1]}',
+        json.dumps({"format": 1, "tiles": {KEY: BEST}}).encode(),  # of an earlier version, with slower kernels
+        json.dumps({"format": 2, "tiles": {KEY: BEST[:3]}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: [1 << 20] * 6}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: ["a"] * 6}}).encode(),
+        json.dumps({"format": 2, "tiles": {KEY: 3}}).encode(),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
+    assert triton_tune.FORMAT == 2
     path = tmp_path / "kernels.json"
     path.write_bytes(content)
     best = triton_tune.candidates(LAYER, GPU)[2]
@@ -338,6 +550,7 @@ def test_the_benchmark_of_operations_runs_to_its_end(tmp_path: Path) -> None:
         assert operation["failed"] == [], done.stderr
         assert {"fp16", "int_mm", "quantize", "product_w8a8", "ours_w8a8", "ours_w4a8"} <= set(operation["median_us"])
         assert operation["product_rate_over_int_mm"] > 0
+        assert ("ours_w8a8_nchw" in operation["median_us"]) == (operation["kind"] == "conv")
     assert {operation["kind"] for operation in found["ops"]} == {"conv", "linear"}
     assert found["mean_ratio"].keys() == set().union(*(operation["ratio"] for operation in found["ops"]))
 

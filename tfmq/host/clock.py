@@ -19,7 +19,7 @@ class ClockWrapper:
     def __call__(self, executor: Callable[..., Any], x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
         t, rows = timesteps(executor, sigma), branches(args, kwargs)
         for clock in self.clocks:
-            clock.set(t, rows)
+            clock.set(t.to(x.device), rows)  # of several calls at a time, one per device
         return executor(x, sigma, *args, **kwargs)
 
 

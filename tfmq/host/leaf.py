@@ -138,7 +138,9 @@ class _HostLeaf(LeafCore, comfy.ops.CastWeightBiasOp):
         own = self.weight
         assert isinstance(own, QuantizedTensor)
         streamed = own._qdata is not weight._qdata
-        return self.compute(x, own, codes, weight._params.scale, bias, norm, gated, streamed)
+        # What dynamic loading keeps on the device it hands over as the same object at every call.
+        resident = weight if weight is getattr(self, "_v_weight", None) else None
+        return self.compute(x, own, codes, weight._params.scale, bias, norm, gated, streamed, resident)
 
     def _keep(self, codes: Tensor, same: Tensor) -> None:
         own = self.weight

@@ -28,7 +28,7 @@ from ..solve import LayerState, solve_layer
 from ..temporal.tdq import over_time
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
-from . import attention, bits, feed_forward, lora, nf4, norms, precision, temporal_quant
+from . import attention, bits, feed_forward, first_run, lora, nf4, norms, precision, temporal_quant
 from .clock import ClockWrapper
 from .leaf import make_leaf
 from .model import (
@@ -212,6 +212,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     patcher.set_attachments(ATTACHMENT, quantized)
     clocks = [clock for clock in (quantized.clock, quantized.temporal_clock) if clock is not None]
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(*clocks))
+    first_run.attach(patcher, quantized.plan)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, lora.reconcile)
     if quantized.deaf:
         warning = temporal_quant.DeafWarning(quantized.deaf, quantized.baked)

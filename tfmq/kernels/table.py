@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
-from ..costs import FREE, Costs
-from . import float_conv, int_mm, onednn, reference, triton_backend
+from ..costs import FREE, Costs, GpuCosts
+from . import float_conv, int_mm, onednn, reference, triton_backend, triton_probe
 from .geometry import Geometry
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
@@ -40,7 +40,7 @@ def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | N
 
 
 def _triton(operation: str, device: torch.device, geometry: Geometry) -> str | None:
-    return triton_backend.missing(device) or triton_backend.unsafe(geometry)
+    return triton_backend.missing(device) or triton_probe.fault(device) or triton_backend.unsafe(geometry)
 
 
 def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -74,17 +74,26 @@ BACKENDS = (
     # a rotation 0.22 to 0.33 of the time.
     Backend("onednn", onednn, _onednn, Costs(2.0, 0.3, 2.4)),
     # Not measured: a row is read once more, out of the cache.
-    Backend("triton", triton_backend, _triton, Costs(1.1)),
+    Backend("triton", triton_backend, _triton, GpuCosts(1.1)),
     Backend("int_mm", int_mm, _int_mm, Costs(1.2)),
     Backend("float_conv", float_conv, _float_conv, FREE),
     Backend("reference", reference, _reference, FREE),
 )
 
 
-@lru_cache(maxsize=4096)
 def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     """The first backend that runs `operation` for this layer on this device."""
+    if triton_probe.undecided(device):
+        return _first(operation, device, geometry)
+    return _kept(operation, device, geometry)
+
+
+def _first(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     return next(b for b in BACKENDS if b.refuse(operation, device, geometry) is None)
+
+
+_kept = lru_cache(maxsize=4096)(_first)
+pick.cache_clear = _kept.cache_clear  # type: ignore[attr-defined]
 
 
 def refusals(operation: str, device: torch.device, geometry: Geometry) -> dict[str, str]:

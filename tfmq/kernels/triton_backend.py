@@ -24,7 +24,7 @@ CAPABILITY = (8, 0)  # Triton 3.7 compiles no int8 product for 7.5
 
 @lru_cache
 def missing(device: torch.device) -> str | None:
-    """Why this device cannot run these operations, or None."""
+    """Why this device cannot run these operations as far as is known without a launch, or None."""
     if device.type != "cuda":
         return "only on CUDA GPUs"
     if torch.version.hip is not None:
@@ -89,8 +89,7 @@ def linear_static(
     """As `reference.linear_static`. residual: of the result's shape; added in float32, before the one rounding."""
     from . import triton_ops
 
-    run = torch.ops.tfmq.linear_static if torch.compiler.is_compiling() else triton_ops.linear_static
-    return run(x, *triton_ops.flat(weight), *grid, bias, residual)
+    return triton_ops.run("linear_static", x, *triton_ops.flat(weight), *grid, bias, residual)
 
 
 def linear_dynamic(
@@ -100,8 +99,7 @@ def linear_dynamic(
     """As `reference.linear_dynamic`; residual as in `linear_static`."""
     from . import triton_ops
 
-    run = torch.ops.tfmq.linear_dynamic if torch.compiler.is_compiling() else triton_ops.linear_dynamic
-    return run(x, *triton_ops.flat(weight), inverse_balance, bias, bits, residual)
+    return triton_ops.run("linear_dynamic", x, *triton_ops.flat(weight), inverse_balance, bias, bits, residual)
 
 
 def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
@@ -140,10 +138,9 @@ def conv2d_static(
     """
     from . import triton_ops
 
-    run = torch.ops.tfmq.conv2d_static if torch.compiler.is_compiling() else triton_ops.conv2d_static
     g = weight.geometry
     place = [*g.stride, *g.padding, *g.dilation]
-    return run(x, *triton_ops.flat(weight), *grid, bias, residual, list(g.shape), place)
+    return triton_ops.run("conv2d_static", x, *triton_ops.flat(weight), *grid, bias, residual, list(g.shape), place)
 
 
 def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:

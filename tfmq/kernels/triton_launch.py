@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .device_time import stopwatch
 from .geometry import Geometry, StaticInput
 from .triton_norm import channel_statistics_kernel, group_gain_kernel, layer_norm_quantize_kernel
 from .triton_product import finish_kernel, product_kernel
 from .triton_quantize import quantize_kernel, quantize_rows_kernel
-from .triton_tune import Shape, Tile, Tuner, cache_file, machine
+from .triton_tune import Shape, Tile, Tuner, cache_file, machine, tiles_of
 
 MULTIPLE = 16  # channels are padded to it: a load of 16 bytes needs an address that divides by 16
 SWIZZLE = 8
 LONGEST_ROW = 4096  # of what a program that takes a row holds at a time
-TIMED_RUNS = 20
 
-tuner = Tuner(cache_file())
+# What another version compiles, other tiles may be quickest with.
+tuner = Tuner(cache_file(), f"triton {triton.__version__}, torch {torch.__version__}")
 
 
 class Prepared(NamedTuple):
@@ -63,8 +65,19 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+# Triton's own are its kernels' functions as well: called on the host each takes 2 us, and a layer needs five.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n; n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def round_up(channels: int) -> int:
-    return -(-channels // MULTIPLE) * MULTIPLE
+    return cdiv(channels, MULTIPLE) * MULTIPLE
 
 
 def quantize_image(
@@ -79,10 +92,10 @@ def quantize_image(
     pixels = b * height * width
     if pixels == 0:
         return q
-    bc = min(128, triton.next_power_of_2(channels))
+    bc = min(128, power_of_2(channels))
     bp = max(16, 4096 // bc)
     with _on(x.device):
-        quantize_kernel[(triton.cdiv(pixels, bp), triton.cdiv(channels, bc))](
+        quantize_kernel[(cdiv(pixels, bp), cdiv(channels, bc))](
             x, q, grid.inverse_balance, grid.scale, grid.zero_point, *(norm or (None, None)),
             pixels, c, channels, h, w, height, width, *padding, *x.stride(),
             HAS_BALANCE=grid.inverse_balance is not None, HAS_GAIN=norm is not None, SILU=silu, BP=bp, BC=bc,
@@ -93,7 +106,9 @@ def quantize_image(
 
 def quantize_matrix(x: Tensor, grid: StaticInput, channels: int) -> Tensor:
     """x float [M, K], any strides -> int8 [M, channels], channels >= K."""
-    return quantize_image(x.t()[None, :, :, None], grid, channels).view(x.shape[0], channels)
+    # An image of one row: as one of one column it would have two strides of 1, and the compiler would not know which
+    # to read along.
+    return quantize_image(x.t()[None, :, None, :], grid, channels).view(x.shape[0], channels)
 
 
 def quantize_rows(x: Tensor, inverse_balance: Tensor | None, bits: int, channels: int) -> Rows:
@@ -102,7 +117,7 @@ def quantize_rows(x: Tensor, inverse_balance: Tensor | None, bits: int, channels
     q = torch.empty(m, channels, dtype=torch.int8, device=x.device)
     scale, offset = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(2))
     if m:
-        block = min(LONGEST_ROW, triton.next_power_of_2(channels))
+        block = min(LONGEST_ROW, power_of_2(channels))
         with _on(x.device):
             quantize_rows_kernel[(m,)](
                 x, q, scale, offset, inverse_balance, k, channels, *x.stride(),
@@ -122,17 +137,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     if x.numel() == 0:
         return Affine(gain, shift)
     # 64 chunks, more in large images; a block stays in the registers of a program.
-    bp = min(1024, max(32, triton.next_power_of_2(triton.cdiv(h * w, 64))))
-    bc = min(64, triton.next_power_of_2(c), 16384 // bp)
-    chunks = triton.cdiv(h * w, bp)
+    bp = min(1024, max(32, power_of_2(cdiv(h * w, 64))))
+    bc = min(64, power_of_2(c), 16384 // bp)
+    chunks = cdiv(h * w, bp)
     mean, spread = (torch.empty(b, chunks, c, dtype=torch.float32, device=x.device) for _ in range(2))
     with _on(x.device):
-        channel_statistics_kernel[(b * chunks, triton.cdiv(c, bc))](
+        channel_statistics_kernel[(b * chunks, cdiv(c, bc))](
             x, mean, spread, h * w, c, w, chunks, *x.stride(), BP=bp, BC=bc, num_warps=8,
         )  # fmt: skip
         group_gain_kernel[(b * groups,)](
             mean, spread, weight, bias, gain, shift, h * w, c, chunks, groups, eps,
-            BP=bp, BCHUNKS=triton.next_power_of_2(chunks), BG=triton.next_power_of_2(c // groups), num_warps=8,
+            BP=bp, BCHUNKS=power_of_2(chunks), BG=power_of_2(c // groups), num_warps=8,
         )  # fmt: skip
     return Affine(gain, shift)
 
@@ -144,7 +159,7 @@ def layer_norm_quantize(
     m, k = x.shape
     q = torch.empty(m, channels, dtype=torch.int8, device=x.device)
     if m:
-        block = min(LONGEST_ROW, triton.next_power_of_2(channels))
+        block = min(LONGEST_ROW, power_of_2(channels))
         with _on(x.device):
             layer_norm_quantize_kernel[(m,)](
                 x, q, weight, bias, grid.inverse_balance, grid.scale, grid.zero_point, k, channels, *x.stride(), eps,
@@ -156,11 +171,13 @@ def layer_norm_quantize(
 def product(
     q: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
     dtype: torch.dtype, size: tuple[int, int, int] | None = None, residual: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantized activations times a weight -> float [M, N] in `dtype`.
 
     q: int8 [M, C'], or with `size` (images, rows and columns of the output) an image of `quantize_image`. Either grid
     (static) or rows (one grid per row) says what the codes mean. residual: [M, N], contiguous, added in float32.
+    tile: None for the one that the tuner has for this shape.
     """
     g = weight.geometry
     n, c = weight.scale.shape[0], weight.channels
@@ -178,25 +195,30 @@ def product(
     flags = {"DYNAMIC": rows is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
 
     def run(tile: Tile) -> None:
-        partial = None
+        shares = None
         if tile.split > 1:
-            partial = torch.empty(tile.split, m, n, dtype=torch.int32, device=q.device)
-        product_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tile.split)](
-            q, weight.codes, weight.factor, weight.zero, *epilogue, partial,
+            shares = torch.empty(tile.split, m, n, dtype=torch.int32, device=q.device)
+        product_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n), tile.split)](
+            q, weight.codes, weight.factor, weight.zero, *epilogue, shares,
             m, n, c, height, width, q_height, q_width, *g.stride, *g.dilation,
             KH=kh, KW=kw, DENSE=dense, GROUP=weight.group, EVEN_K=c % tile.k == 0, SPLIT=tile.split,
             BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=SWIZZLE, num_warps=tile.warps, num_stages=tile.stages, **flags,
         )  # fmt: skip
-        if partial is not None:
-            finish_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 64))](
-                partial, *epilogue, m, n, SPLIT=tile.split, BM=32, BN=64, num_warps=4, **flags
+        if shares is not None:
+            finish_kernel[(cdiv(m, 32), cdiv(n, 64))](
+                shares, *epilogue, m, n, SPLIT=tile.split, BM=32, BN=64, num_warps=4, **flags
             )
 
     bits = f"int4/{weight.group}" if weight.group else "int8"
     kind = f"{kh} x {kw} {'dense' if dense else g.stride} {bits} {'rows' if rows else 'static'} {dtype}"
     with _on(q.device):
-        run(tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
+        run(tile or tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
     return out
+
+
+def smallest_tile(device: torch.device) -> Tile:
+    """The shipped tile with the smallest block: the one that asks least of a GPU."""
+    return min(tiles_of(machine(device).capability), key=lambda tile: (tile.m * tile.n, tile.stages * tile.k))
 
 
 def _timer(run: Callable[[Tile], None], device: torch.device) -> Callable[[Tile], float] | None:
@@ -205,15 +227,7 @@ def _timer(run: Callable[[Tile], None], device: torch.device) -> Callable[[Tile]
 
     def time(tile: Tile) -> float:
         _say_once()
-        run(tile)  # compiles
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(TIMED_RUNS):
-            run(tile)
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
+        return stopwatch(device).seconds(partial(run, tile))
 
     return time
 

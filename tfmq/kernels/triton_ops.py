@@ -5,6 +5,8 @@ In eager mode the plain functions run: a custom operation costs more time on the
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -92,6 +94,38 @@ def _like_conv(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], height, width, shape[0]).permute(0, 3, 1, 2)  # type: ignore[index]
 
 
-torch.library.custom_op("tfmq::linear_static", linear_static, mutates_args=()).register_fake(_like_linear)
-torch.library.custom_op("tfmq::linear_dynamic", linear_dynamic, mutates_args=()).register_fake(_like_linear)
-torch.library.custom_op("tfmq::conv2d_static", conv2d_static, mutates_args=()).register_fake(_like_conv)
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "linear_static": (linear_static, _like_linear),
+    "linear_dynamic": (linear_dynamic, _like_linear),
+    "conv2d_static": (conv2d_static, _like_conv),
+}
+
+
+def _registered() -> bool:
+    """Whether torch took all of them as custom operations. One that does not (a schema that it cannot read, in some
+    version of it) is a matter of torch.compile alone, which then leaves its graph for a layer."""
+    try:
+        for name, (function, like) in OPERATIONS.items():
+            torch.library.custom_op(f"tfmq::{name}", function, mutates_args=()).register_fake(like)
+    except Exception as error:  # what torch raises here differs from version to version
+        logging.warning("TFMQ: torch.compile breaks its graphs at integer layers (%s: %s)", type(error).__name__, error)
+        return False
+    return True
+
+
+def _plain(name: str, *arguments: object) -> Tensor:
+    return OPERATIONS[name][0](*arguments)
+
+
+REGISTERED = _registered()
+# Not by a decorator: it imports the compiler, which takes a second.
+_outside_of_graphs = _plain if REGISTERED else torch.compiler.disable(_plain)
+
+
+def run(name: str, *arguments: object) -> Tensor:
+    """An operation by its name: the plain function, or under torch.compile the custom operation."""
+    if not torch.compiler.is_compiling():
+        return OPERATIONS[name][0](*arguments)
+    if REGISTERED:
+        return getattr(torch.ops.tfmq, name)(*arguments)  # type: ignore[no-any-return]
+    return _outside_of_graphs(name, *arguments)

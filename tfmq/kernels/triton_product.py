@@ -13,23 +13,30 @@ import triton.language as tl
 
 @triton.jit
 def _float_result(
-    acc, rows, columns, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
+    acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
     DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """int32 products [m, n] -> float32: what the codes stand for, bias and residual added."""
-    weight_sums = tl.load(sums + columns)
-    weight_scale = tl.load(scale + columns)
+    """int32 products [m, n] -> float32: what the codes stand for, bias and residual added.
+
+    row, column: of the block; live: which of its places exist. Here and where results are stored, addresses are made of
+    `row` and `column` under a mask: of clamped columns the compiler does not know that they follow each other, and
+    reads and writes them one by one.
+    """
+    real = column < n
+    weight_sums = tl.load(sums + column, mask=real, other=0)
+    weight_scale = tl.load(scale + column, mask=real, other=0.0)
     if DYNAMIC:
-        per_row = tl.load(row_scale + rows)[:, None]
-        y = acc.to(tl.float32) * per_row + tl.load(row_offset + rows)[:, None] * weight_sums.to(tl.float32)[None, :]
+        per_row = tl.load(row_scale + row, mask=row < m, other=0.0)[:, None]
+        offset = tl.load(row_offset + row, mask=row < m, other=0.0)[:, None]
+        y = acc.to(tl.float32) * per_row + offset * weight_sums.to(tl.float32)[None, :]
         y = y * weight_scale[None, :]
     else:
         shifted = tl.load(act_zero) - 128
         y = (acc - shifted * weight_sums[None, :]).to(tl.float32) * (tl.load(act_scale) * weight_scale)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias + columns).to(tl.float32)[None, :]
+        y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
-        at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+        at = row.to(tl.int64)[:, None] * n + column[None, :]
         y += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
     return y
 
@@ -91,7 +98,7 @@ def product_kernel(
     inside = tile % (SWIZZLE * tiles_n)
     row = (first + inside % band_rows) * BM + tl.arange(0, BM)
     column = (inside // band_rows) * BN + tl.arange(0, BN)
-    # Rows and columns over the edge read what the last one reads, and are not stored.
+    # Rows and columns over the edge read what the last one reads, without a mask, and are not stored.
     rows, columns = tl.minimum(row, m - 1), tl.minimum(column, n - 1)
     if DENSE:
         base = rows.to(tl.int64) * c
@@ -132,12 +139,12 @@ def product_kernel(
             b = tl.load(b_columns + tap * c + start, mask=k[:, None] < limit, other=0)
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     live = (row < m)[:, None] & (column < n)[None, :]
-    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    at = row.to(tl.int64)[:, None] * n + column[None, :]
     if SPLIT > 1:
         tl.store(partial + share.to(tl.int64) * m * n + at, acc, mask=live)
     else:
         result = _float_result(
-            acc, rows, columns, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
+            acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
             DYNAMIC, HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty), mask=live)
@@ -152,15 +159,14 @@ def finish_kernel(
     """partial int32 [SPLIT, m, n] -> out float [m, n]: the shares added, in integers and so exactly, then as above."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    rows, columns = tl.minimum(row, m - 1), tl.minimum(column, n - 1)
     live = (row < m)[:, None] & (column < n)[None, :]
-    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    acc = tl.load(partial + at)
+    at = row.to(tl.int64)[:, None] * n + column[None, :]
+    acc = tl.load(partial + at, mask=live, other=0)
     size = m.to(tl.int64) * n
     for share in range(1, SPLIT):
-        acc += tl.load(partial + share * size + at)
+        acc += tl.load(partial + share * size + at, mask=live, other=0)
     result = _float_result(
-        acc, rows, columns, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
+        acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
         DYNAMIC, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
     tl.store(out + at, result.to(out.dtype.element_ty), mask=live)

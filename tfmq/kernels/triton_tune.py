@@ -11,15 +11,19 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 
-FORMAT = 1  # of the file; raised when the kernels change so that old times mean nothing
+FORMAT = 2  # of the file; raised when the kernels change so that old times mean nothing
 TRIED = 6  # candidates timed per shape
+ROUNDS = 3  # of timing them all
 SPLITS = (1, 2, 4, 8)
 SHIPPED = Path(__file__).with_name("triton_tiles.json")
 
@@ -104,14 +108,38 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+Watcher = Callable[["Shape", int, int], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("tfmq_watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Inside, and in this thread alone, `watcher` is told of every product that this process meets for the first time:
+    its shape, and how many of how many tiles are compiled. What it raises ends the call that meets it."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def tell(shape: Shape, done: int, total: int) -> None:
+    """Tell whoever watches."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(shape, done, total)
+
+
 class Tuner:
     """Remembers the tile of every shape, in memory and in a file. path: of the file; None keeps nothing on disk.
+    software: what compiles the kernels, in words; the file keeps times of each apart.
 
     `enabled`: whether shapes that nothing is known of are timed; set it to False to take the estimate.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, software: str = "") -> None:
         self.path = path
+        self.software = software
         self.enabled = True
         self._known: dict[tuple[Shape, Machine], Tile] = {}
         self._on_disk: dict[str, list[int]] | None = None
@@ -122,17 +150,23 @@ class Tuner:
         if known is not None:
             return known
         ordered = candidates(shape, at)
-        kept = self._disk().get(_key(shape, at))
+        kept = self._disk().get(self._key(shape, at))
         if kept is not None and tuple(kept) in {tuple(tile) for tile in ordered}:
             tile = Tile(*kept)
+            tell(shape, 0, 1)  # it may have to be compiled
         elif time is None or not self.enabled or capturing():
             return ordered[0]  # not remembered: a later call may be free to time
         else:
-            best = quickest(_worth_timing(ordered), time)
-            if best is None:
-                return ordered[0]
-            tile = best
-            self._keep(_key(shape, at), tile)
+            worth = _worth_timing(ordered)
+            tell(shape, 0, len(worth))
+            best = quickest(worth, time, told=lambda done: tell(shape, done, len(worth))) or _first_that_runs(
+                [tile for tile in ordered if tile not in worth], time
+            )
+            if best is None:  # remembered, so that not every call tries all of them again; not kept on disk
+                logging.warning("TFMQ: no tile could be timed for %s on %s", shape, at.name)
+            else:
+                self._keep(self._key(shape, at), best)
+            tile = best or ordered[0]
         self._known[shape, at] = tile
         return tile
 
@@ -140,6 +174,9 @@ class Tuner:
         """Read the file anew at the next call."""
         self._known.clear()
         self._on_disk = None
+
+    def _key(self, shape: Shape, at: Machine) -> str:
+        return f"{at.name} | {self.software} | {shape.kind} | {shape.m} x {shape.n} x {shape.taps} * {shape.c}"
 
     def _disk(self) -> dict[str, list[int]]:
         if self._on_disk is None:
@@ -157,19 +194,32 @@ class Tuner:
             logging.debug("TFMQ: kernel times are not kept in %s: %s", self.path, error)
 
 
-def quickest(tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Tile | None:
-    """The tile with the least time; one that does not compile, does not fit or runs out of memory is left out. None
-    where no tile runs."""
-    best: tuple[float, Tile] | None = None
-    for tile in tiles:
-        try:
-            took = time(tile)
-        except Exception as error:  # Triton's errors for what does not fit have no base class of their own
-            logging.debug("TFMQ: %s cannot be timed: %s", tile, error)
-            continue
-        if best is None or took < best[0]:
-            best = took, tile
-    return None if best is None else best[1]
+def quickest(
+    tiles: Iterable[Tile],
+    time: Callable[[Tile], float],
+    rounds: int = ROUNDS,
+    told: Callable[[int], None] | None = None,
+) -> Tile | None:
+    """The tile with the least median time; one that does not compile, does not fit or runs out of memory is left out.
+    None where no tile runs. In every round each has a turn, so that a clock that slows down meets all alike.
+
+    told: called in the first round, in which they are compiled, with how many are; what it raises ends this.
+    """
+    times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    for turn in range(rounds):
+        for compiled, tile in enumerate(list(times)):
+            if told is not None and turn == 0 and compiled:
+                told(compiled)
+            try:
+                times[tile].append(time(tile))
+            except Exception as error:  # Triton's errors for what does not fit have no base class of their own
+                logging.debug("TFMQ: %s cannot be timed: %s", tile, error)
+                del times[tile]
+    return min(times, key=lambda tile: median(times[tile]), default=None)
+
+
+def _first_that_runs(tiles: list[Tile], time: Callable[[Tile], float]) -> Tile | None:
+    return next((tile for tile in tiles if quickest([tile], time, 1) is not None), None)
 
 
 def _worth_timing(ordered: list[Tile]) -> list[Tile]:
@@ -182,10 +232,6 @@ def _worth_timing(ordered: list[Tile]) -> list[Tile]:
         if seen[block] <= 2:
             out.append(tile)
     return out[:TRIED]
-
-
-def _key(shape: Shape, at: Machine) -> str:
-    return f"{at.name} | {shape.kind} | {shape.m} x {shape.n} x {shape.taps} * {shape.c}"
 
 
 def read(path: Path | None) -> dict[str, list[int]]:
