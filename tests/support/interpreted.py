@@ -12,9 +12,11 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from tfmq.kernels import triton_backend  # noqa: E402
+from tfmq.kernels import table, triton_backend, triton_int_mm  # noqa: E402
 
-triton_backend.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
+for backend in (triton_backend, triton_int_mm):
+    backend.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
+table.slower = lambda *_: None
 
 _convert = interpreter._convert_float
 
