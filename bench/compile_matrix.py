@@ -84,6 +84,7 @@ def too_new(version: str, capability: int) -> str | None:
 
 
 def compile_all(version: str, folder: Path, capability: int) -> dict[str, Any]:
+    """The cell of the table: what its process printed, and why it ended early if it did."""
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", CHILD, str(capability)]
@@ -97,9 +98,12 @@ def compile_all(version: str, folder: Path, capability: int) -> dict[str, Any]:
         out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         failed = f"not done after {PATIENCE} seconds"
     rows = [json.loads(row) for row in out.splitlines() if row.startswith("{")]
+    found = rows.pop(0)["triton"] if rows else version
     cell = _cell(version, capability, rows, None)
-    if failed:
-        cell["failed"].append(failed)
+    if found != version:
+        cell["failed"].append(f"this was Triton {found}")
+    if failed or not rows:
+        cell["failed"].append(failed or "nothing was compiled")
     return cell
 
 

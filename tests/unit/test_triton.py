@@ -128,31 +128,33 @@ def test_no_int8_product_compiles_for_turing(cache: None, capfd: pytest.CaptureF
 
 @needs_triton
 def test_the_matrix_of_versions_runs_to_its_end(tmp_path: Path) -> None:
-    """With the Triton that is here, for one capability; installing is left out."""
+    """With the Triton that is here, for one capability; installing is left out. Another version than was asked for, one
+    that crashes and one that cannot be installed are failures."""
     import triton
 
-    out = tmp_path / "matrix.json"
+    out, here = tmp_path / "matrix.json", triton.__version__
     program = (
-        "import sys; from bench import compile_matrix as m\n"
+        "import os, sys; from bench import compile_matrix as m\n"
         "from pathlib import Path\n"
-        f"m.install, m.FOLDER = (lambda *_: None), Path({str(tmp_path)!r})\n"
+        f"m.FOLDER = Path({str(tmp_path)!r})\n"
+        "m.install = lambda version, _: 'cannot be installed' if version == '3.0.0' else None\n"
+        "right = m.compile_all\n"
+        "def compile_all(version, *rest):\n"
+        "    m.CHILD = 'import os; os.abort()' if version == '3.8.0' else CHILD\n"
+        "    return right(version, *rest)\n"
+        "CHILD, m.compile_all = m.CHILD, compile_all\n"
         "sys.exit(m.main())\n"
     )
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "--versions",
-        triton.__version__,
-        "--capabilities",
-        "75",
-        "--json",
-        str(out),
-    ]
+    versions = f"{here},3.0.0,3.8.0,3.9.9"
+    command = [sys.executable, "-c", program, "--versions", versions, "--capabilities", "75", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (cell,) = json.loads(out.read_text(encoding="utf-8"))["cells"]
-    assert cell["failed"] == [] and cell["kernels"] >= 3 and cell["most_registers"] > 0
+    assert done.returncode == 1, done.stdout + done.stderr
+    good, missing, crashed, other = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    assert good["failed"] == [] and good["kernels"] >= 3 and good["most_registers"] > 0
+    assert missing["failed"] == ["cannot be installed"] and missing["kernels"] == 0
+    assert "exit code -6" in crashed["failed"][0]
+    assert other["failed"] == [f"this was Triton {here}"]
+    assert all(failure in done.stdout for cell in (missing, crashed, other) for failure in cell["failed"])
 
 
 def test_the_pack_runs_without_triton() -> None:
@@ -162,12 +164,13 @@ def test_the_pack_runs_without_triton() -> None:
         "import torch\n"
         "from tfmq.kernels import table, triton_backend\n"
         "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
+        "torch.cuda.get_device_name = lambda *_: 'a GPU'\n"
         "print(triton_backend.missing(torch.device('cuda')))\n"
         "print(table.pick(table.LINEAR_STATIC, torch.device('cuda'), table.Geometry((4, 4))).name)\n"
         "print('tfmq.kernels.triton_launch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["Triton is not installed", "int_mm", "False"], done.stderr
+    assert done.stdout.splitlines() == ["Triton is not installed", "float_product", "False"], done.stderr
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
