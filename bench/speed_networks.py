@@ -26,7 +26,7 @@ from tfmq.decide import decide
 from tfmq.errors import TfmqError
 from tfmq.files import read_calibration, write_calibration
 from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.kernels.table import LINEAR_DYNAMIC, pick
+from tfmq.kernels.table import costs_of
 from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
 from tfmq.observe import ModelObserver
 from tfmq.packed_codes import PackedCodes
@@ -110,8 +110,8 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
         file.parent.mkdir(parents=True, exist_ok=True)
         write_calibration(file, calibration)
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in layers.items()}
-    backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
-    plan = decide(PRESETS[recipe], calibration, kinds, keep, backend.costs)
+    geometries = [g for g in map(geometry_of, layers.values()) if isinstance(g, Geometry)]
+    plan = decide(PRESETS[recipe], calibration, kinds, keep, costs_of(device, geometries))
     clock = Clock(axis, partition)
     for path, scheme in plan.layers.items():
         module = layers.pop(path)

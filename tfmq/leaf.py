@@ -123,7 +123,7 @@ class LeafCore(nn.Module):
             made = last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
             if made is not None:
                 return module.multiply(made, weight, bias).to(x.dtype)
-        rows, inverse = self._rotated(x)
+        rows, inverse = self._rotated(x, module)
         run = getattr(module, self.operation)
         if norm is not None and self._takes_norm(module):
             run = partial(getattr(module, CONV2D_STATIC_NORMED), norm=norm)
@@ -142,7 +142,7 @@ class LeafCore(nn.Module):
             return False
         return hasattr(pick(self.operation, device, self.geometry).module, MULTIPLY_GATED)
 
-    def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _rotated(self, x: Tensor, module: ModuleType) -> tuple[Tensor, Tensor | None]:
         """What is quantized of x, and what it still has to be multiplied by."""
         if not self.scheme.rotation:
             return x, self.inverse_balance
@@ -151,13 +151,15 @@ class LeafCore(nn.Module):
             rows, factor = rotate_as_means(rows, self.scheme.rotation, self.permutations)
             return rows, constant(factor, x.shape[-1], x.device)
         rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
-        # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway.
-        narrow = x.dtype if x.device.type == "cpu" and x.dtype == torch.bfloat16 else torch.float32
+        # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway. A product
+        # in float takes the type of what it is given, and is slow in float32.
+        own = hasattr(module, "IN_FLOAT") or (x.device.type == "cpu" and x.dtype == torch.bfloat16)
+        narrow = x.dtype if own else torch.float32
         return rotate(rows.to(narrow), self.scheme.rotation, self.permutations), None
 
     def _quantize(self, x: Tensor, weight: Any, module: ModuleType) -> Codes:
         """The first half of a Linear."""
-        rows, inverse = self._rotated(x)
+        rows, inverse = self._rotated(x, module)
         if self.act_scale is None:
             return module.quantize_dynamic(rows, weight, inverse, self.scheme.activation_bits)
         grid = self._grid_now(x.device, 0, self.act_scale, inverse)

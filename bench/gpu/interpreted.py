@@ -15,11 +15,14 @@ def install() -> None:
     from triton.runtime import interpreter
 
     from bench.interpreter import mend
-    from tfmq.kernels import triton_backend
+    from tfmq.kernels import table, triton_backend, triton_int_mm
 
     mend()
-    backend: Any = triton_backend
-    backend.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
+    modules: tuple[Any, ...] = (triton_backend, triton_int_mm)
+    for module in modules:
+        module.missing = lambda device: None if device.type == "cpu" else "only in the interpreter"
+    shared: Any = table
+    shared.slower = lambda *_: None  # whether a GPU gains by it is not the question here
     convert = interpreter._convert_float
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:

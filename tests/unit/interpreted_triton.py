@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq import grouped, norm_chain
-from tfmq.kernels import reference, table, triton_backend, triton_launch, triton_ops, triton_probe
+from tfmq.kernels import reference, table, triton_backend, triton_int_mm, triton_launch, triton_ops, triton_probe
 from tfmq.kernels.geometry import Geometry, Norm, StaticInput
+from tfmq.kernels.trial import trial
 from tfmq.kernels.triton_launch import Prepared, tuner
 from tfmq.kernels.triton_tune import Tile
 from tfmq.leaf import QuantConv2d
@@ -486,3 +487,80 @@ def test_the_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_launch, "quantize_image", raises)
         assert "unsupported toolchain" in found()
     assert found() is None
+
+
+# --- around torch's int8 product ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_linear_around_torch_product(
+    m: int, n: int, k: int, dtype: torch.dtype, dynamic: bool, biased: bool, added: bool, seed: int
+) -> None:
+    """Sizes that cuBLAS would not take; a residual is added before the one rounding."""
+    geometry, g = Geometry((n, k)), generator(seed)
+    codes, scale = layer(geometry, seed)
+    prepared = triton_int_mm.prepare(codes, scale, geometry)
+    assert prepared.codes.shape[0] % 8 == 0 and prepared.codes.shape[1] % 16 == 0
+    assert torch.equal(triton_int_mm.view(prepared), codes)
+    x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype) if biased else None
+    name, how = ("linear_dynamic", grid_of(k).inverse_balance) if dynamic else ("linear_static", grid_of(k))
+    plain = getattr(reference, name)(x.float(), reference.prepare(codes, scale, geometry), how, bias)
+    residual = torch.randn(plain.shape, generator=g).to(dtype) if added else None
+    y = getattr(triton_int_mm, name)(x, prepared, how, bias, residual=residual)
+    near(y, (plain if residual is None else plain + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry((13, 24, 3, 3), (1, 1), (1, 1)), Geometry((8, 16, 3, 3), (2, 2), (1, 1)),
+        Geometry((5, 5, 3, 2), (2, 1), (0, 2), (2, 3)), Geometry((16, 32, 1, 1)), Geometry((9, 7, 1, 1), (2, 2)),
+        Geometry((9, 7, 1, 1), (1, 1), (1, 0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_convolutions_around_torch_product(
+    geometry: Geometry, last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = generator(0)
+    n, c = geometry.shape[:2]
+    codes, scale = layer(geometry, 1)
+    x, bias = torch.randn(3, c, 7, 9, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    prepared = triton_int_mm.prepare(codes, scale, geometry)
+    assert torch.equal(triton_int_mm.view(prepared), codes)
+    for grid in (grid_of(c), grid_of(None, 3)):
+        plain = reference.conv2d_static(x.float(), reference.prepare(codes, scale, geometry), grid, bias)
+        residual = torch.randn(plain.shape, generator=g).to(dtype)
+        for most in (triton_int_mm.PATCH_BYTES, 1):  # all images at a time, and one
+            monkeypatch.setattr(triton_int_mm, "PATCH_BYTES", most)
+            near(triton_int_mm.conv2d_static(x, prepared, grid, bias), plain.to(dtype))
+            near(triton_int_mm.conv2d_static(x, prepared, grid, bias, residual), (plain + residual.float()).to(dtype))
+    y = triton_int_mm.conv2d_static(x, prepared, grid_of(c), bias)
+    assert y.permute(0, 2, 3, 1).is_contiguous()
+    assert triton_int_mm.conv2d_static(x[:0], prepared, grid_of(c), bias).shape == (0, *y.shape[1:])
+
+
+def test_a_compiled_graph_has_the_plain_product() -> None:
+    linear, conv = Geometry((13, 24)), Geometry((13, 24, 3, 3), (2, 2), (1, 1))
+    bias, grid = torch.randn(13, generator=generator(0)), grid_of(24)
+    prepared = {geometry: triton_int_mm.prepare(*layer(geometry, 0), geometry) for geometry in (linear, conv)}
+    calls = [
+        lambda x: triton_int_mm.linear_static(x, prepared[linear], grid, bias),
+        lambda x: triton_int_mm.linear_dynamic(x, prepared[linear], grid.inverse_balance, bias),
+        lambda x: triton_int_mm.conv2d_static(x, prepared[conv], grid, bias),
+    ]
+    for call, x in zip(calls, (torch.randn(2, 5, 24), torch.randn(2, 5, 24), torch.randn(2, 24, 5, 7)), strict=True):
+        near(torch.compile(call, backend="eager", fullgraph=True)(x), call(x))
+
+
+def test_the_trial_of_both() -> None:
+    for name in ("triton_backend", "triton_int_mm"):
+        assert trial(f"tfmq.kernels.{name}", torch.device("cpu")) is None

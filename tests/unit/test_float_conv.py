@@ -4,14 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tfmq.kernels import float_conv, int_mm, table, triton_backend
+from tfmq.kernels import float_conv
 from tfmq.kernels.geometry import Geometry, StaticInput
-from tfmq.kernels.table import CONV2D_STATIC, LINEAR_STATIC
 
 pytestmark = pytest.mark.rounding
-
-CONVOLUTION = Geometry((6, 5, 3, 3), padding=(1, 1))
-GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -37,46 +33,3 @@ def test_it_is_the_float_layer_of_the_codes(dtype: torch.dtype, groups: int, bia
         x, float_conv.prepare(codes, scale, geometry), grid._replace(inverse_balance=None), bias
     )
     torch.testing.assert_close(plain.float(), F.conv2d(x.float(), weight, bias, *more), rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """A GPU of the capability in the list, as far as the table asks; Triton is there."""
-    capability = [(7, 5)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability[0])
-    monkeypatch.setattr(triton_backend, "unusable", lambda: None)
-    for cached in (triton_backend.missing, table.pick):
-        cached.cache_clear()
-    yield capability
-    for cached in (triton_backend.missing, table.pick):
-        cached.cache_clear()
-
-
-def test_what_runs_on_a_turing_card(gpu: list[tuple[int, int]]) -> None:
-    one_by_one, strided = Geometry((6, 5, 1, 1)), Geometry((6, 5, 1, 1), (2, 2))
-    assert table.pick(LINEAR_STATIC, GPU, Geometry((6, 5))).module is int_mm
-    assert table.pick(CONV2D_STATIC, GPU, one_by_one).module is int_mm
-    assert table.pick(CONV2D_STATIC, GPU, strided).module is int_mm
-    assert table.pick(CONV2D_STATIC, GPU, CONVOLUTION).module is float_conv
-    reasons = table.refusals(CONV2D_STATIC, GPU, CONVOLUTION)
-    assert list(reasons) == ["onednn", "triton", "int_mm"]
-    assert "8.0" in reasons["triton"] and "1 x 1" in reasons["int_mm"]
-
-
-def test_what_runs_on_newer_cards(gpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu[0] = (8, 9)
-    for operation, geometry in ((LINEAR_STATIC, Geometry((6, 5))), (CONV2D_STATIC, CONVOLUTION)):
-        assert table.pick(operation, GPU, geometry).module is triton_backend
-    grouped = Geometry((6, 5, 3, 3), groups=2)
-    assert table.pick(CONV2D_STATIC, GPU, grouped).module is float_conv
-    assert table.refusals(CONV2D_STATIC, GPU, grouped)["triton"] == "grouped convolution"
-    # without Triton, and on an AMD card
-    for name, patch in (("not installed", (triton_backend, "unusable", lambda: "Triton is not installed")),
-                        ("AMD", (torch.version, "hip", "6.2"))):  # fmt: skip
-        with monkeypatch.context() as patched:
-            patched.setattr(*patch)
-            triton_backend.missing.cache_clear()
-            table.pick.cache_clear()
-            assert table.pick(CONV2D_STATIC, GPU, CONVOLUTION).module is float_conv
-            assert table.pick(LINEAR_STATIC, GPU, Geometry((6, 5))).module is int_mm
-            assert name in table.refusals(CONV2D_STATIC, GPU, CONVOLUTION)["triton"]

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import compile_kernels
+from bench.compile_kernels import Case
 from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.kernels import triton_backend, triton_tune
@@ -21,13 +23,12 @@ from tfmq.kernels.geometry import Geometry
 from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
 
 UNIT = Path(__file__).parent
+CAPABILITIES = [c for c in compile_kernels.SHARED_MEMORY if c not in compile_kernels.AROUND]
 # What the package index has wheels of Triton for, and so what the developer's requirements install it on.
 HAS_WHEELS = sys.platform == "linux" and platform.machine() == "x86_64"
 needs_triton = pytest.mark.skipif(
     not HAS_WHEELS, reason=f"no Triton for {sys.platform} {platform.machine()}: its kernels are tested on Linux x86-64"
 )
-# Compute capability -> bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -110,6 +111,75 @@ def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # --- machine code ---------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def names_of_kernels() -> set[str]:
+    """All that a launch could start."""
+    import triton
+
+    from tfmq.kernels import triton_norm, triton_product, triton_quantize
+
+    modules = triton_norm, triton_product, triton_quantize
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", compile_kernels.SHARED_MEMORY)
+def test_every_kernel_compiles(cache: None, capability: int) -> None:
+    """There is machine code, it fits the GPU, and keeps its sums in registers."""
+    found = list(compile_kernels.kernels(capability))
+    assert [kernel._replace(ptx="") for kernel in found if kernel.failed] == []
+    assert all(kernel.registers > 0 for kernel in found)
+    if capability in compile_kernels.AROUND:
+        assert {kernel.name for kernel in found} == {"quantize_kernel", "quantize_rows_kernel", "finish_kernel"}
+        return
+    assert {kernel.name for kernel in found} == names_of_kernels()
+    products = [kernel for kernel in found if kernel.name == "product_kernel"]
+    instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    for kernel in products:
+        lines = [line for line in kernel.ptx.splitlines() if instruction in line]
+        assert lines and all(".s32.s8.s8" in line for line in lines), f"{kernel.case}: no int8 tensor core instruction"
+        # A short product of odd sizes has one step, and nothing to fetch ahead.
+        assert "cp.async" in kernel.ptx or "odd" in kernel.case, f"{kernel.case}: loads are not pipelined"
+
+
+@needs_triton
+def test_what_does_not_compile_is_named(cache: None) -> None:
+    """A tile that no GPU holds, a call that raises: both are reported, and the cases behind them still come."""
+    good = compile_kernels.cases(86)[0]
+    huge = good._replace(name="huge", tile=Tile(128, 256, 128, 1, 8, 4))
+
+    def broken() -> None:
+        raise ValueError("no such layer")
+
+    found = list(compile_kernels.kernels(86, [huge, Case("broken", broken), good]))
+    failures = {kernel.case: kernel.failed for kernel in found if kernel.failed}
+    assert set(failures) == {"huge", "broken"}
+    assert "shared memory" in failures["huge"] or "spilled" in failures["huge"]
+    assert failures["broken"] == "ValueError: no such layer"
+    assert "linear static" in {kernel.case for kernel in found if kernel.failed is None}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_shipped_tiles_fit(capability: int) -> None:
+    """Shared memory of every tile by its own arithmetic; the largest is among what is compiled above."""
+    tiles = triton_tune.tiles_of((capability // 10, capability % 10))
+    for tile in tiles:
+        assert tile.stages * (tile.m + tile.n) * tile.k <= compile_kernels.SHARED_MEMORY[capability]
+        assert tile.m * tile.n <= 128 * 32 * tile.warps
+    assert compile_kernels.largest(capability) in {case.tile for case in compile_kernels.cases(capability)}
+
+
 POINTERS = {
     "x": "*fp16", "q": "*i8", "codes": "*i8", "factor": "*u8", "zero": "*u8", "inverse": "*fp32", "act_scale": "*fp32",
     "act_zero": "*i32", "row_scale": "*fp32", "row_offset": "*fp32", "scale": "*fp32", "sums": "*i32", "bias": "*fp16",
@@ -150,76 +220,6 @@ def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic:
     )  # fmt: skip
 
 
-def check(built, capability: int) -> None:
-    """There is machine code, it fits the GPU, and keeps its sums in registers."""
-    from triton import knobs
-
-    assert built.metadata.shared <= SHARED_MEMORY[capability]
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "checked.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    usage = subprocess.run(
-        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
-    assert registers <= 255 and local == 0
-    assert stack <= 64, f"{stack} bytes of registers spilled"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_every_kernel_compiles(cache: None, capability: int) -> None:
-    from tfmq.kernels import triton_norm, triton_product, triton_quantize
-
-    tile = Tile(64, 64, 64, 1, 4, 4)
-    instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
-    for how in (
-        {"conv": False}, {"conv": True, "residual": True}, {"conv": False, "group": 32, "dynamic": True},
-        {"conv": True, "group": 128},
-    ):  # fmt: skip
-        built = product(capability, tile, **how)
-        check(built, capability)
-        found = [line for line in built.asm["ptx"].splitlines() if instruction in line]
-        assert found and all(".s32.s8.s8" in line for line in found), "no int8 tensor core instruction"
-        assert "cp.async" in built.asm["ptx"], "loads are not pipelined"
-    check(product(capability, tile._replace(split=4), conv=True), capability)
-    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False}
-    plain = dict.fromkeys(["inverse", "gain", "shift"])
-    others = [
-        (triton_product.finish_kernel,
-         {**flags, "SPLIT": 4, "BM": 32, "BN": 64, **dict.fromkeys(["row_scale", "row_offset", "residual"])}),
-        (triton_quantize.quantize_kernel,
-         {"stride_c": 1, "HAS_BALANCE": True, "HAS_GAIN": True, "SILU": True, "BP": 32, "BC": 128}),
-        (triton_quantize.quantize_kernel,
-         {**plain, "HAS_BALANCE": False, "HAS_GAIN": False, "SILU": False, "BP": 256, "BC": 16}),
-        (triton_quantize.quantize_rows_kernel, {"stride_k": 1, "HAS_BALANCE": True, "HALF": 128, "BLOCK": 4096}),
-        (triton_norm.channel_statistics_kernel, {"stride_c": 1, "BP": 256, "BC": 64}),
-        (triton_norm.group_gain_kernel, {"BP": 32, "BCHUNKS": 64, "BG": 128}),
-        (triton_norm.layer_norm_quantize_kernel,
-         {"stride_k": 1, "inverse": None, "HAS_BALANCE": False, "BLOCK": 4096}),
-    ]  # fmt: skip
-    for kernel, constants in others:
-        check(build(kernel, capability, {"num_warps": 8}, **constants), capability)
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_largest_shipped_tiles_fit(cache: None, capability: int) -> None:
-    """Shared memory of every tile by its own arithmetic; registers of the largest block by the assembler."""
-    tiles = triton_tune.tiles_of((capability // 10, capability % 10))
-    for tile in tiles:
-        assert tile.stages * (tile.m + tile.n) * tile.k <= SHARED_MEMORY[capability]
-        assert tile.m * tile.n <= 128 * 32 * tile.warps
-    largest = max(tiles, key=lambda tile: (tile.m * tile.n, tile.stages * (tile.m + tile.n) * tile.k))
-    check(product(capability, largest, conv=True), capability)
-
-
 def wide(built: object, what: str) -> tuple[int, int]:
     """Reads (ld) or writes (st) of global memory in the code: all of them, and those of 16 bytes each."""
     found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
@@ -227,7 +227,7 @@ def wide(built: object, what: str) -> tuple[int, int]:
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
     tile = Tile(128, 128, 64, 8, 8, 3)
     each = 128 * 128 // (32 * tile.warps)  # results of a thread
@@ -309,11 +309,43 @@ def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
 
 
 @needs_triton
-def test_turing_is_refused_because_nothing_compiles_for_it(cache: None, capfd: pytest.CaptureFixture) -> None:
-    with pytest.raises(Exception):
-        product(75, Tile(64, 64, 64, 1, 4, 2), conv=False)
+def test_no_int8_product_compiles_for_turing(cache: None, capfd: pytest.CaptureFixture) -> None:
+    product = next(case for case in compile_kernels.cases(80) if case.name == "linear static")
+    (found,) = [kernel for kernel in compile_kernels.kernels(75, [product]) if kernel.name in ("", "product_kernel")]
+    assert found.failed
     capfd.readouterr()
     assert triton_backend.CAPABILITY > (7, 5)
+
+
+@needs_triton
+def test_the_matrix_of_versions_runs_to_its_end(tmp_path: Path) -> None:
+    """With the Triton that is here, for one capability; installing is left out. Another version than was asked for, one
+    that crashes and one that cannot be installed are failures."""
+    import triton
+
+    out, here = tmp_path / "matrix.json", triton.__version__
+    program = (
+        "import os, sys; from bench import compile_matrix as m\n"
+        "from pathlib import Path\n"
+        f"m.FOLDER = Path({str(tmp_path)!r})\n"
+        "m.install = lambda version, _: 'cannot be installed' if version == '3.0.0' else None\n"
+        "right = m.compile_all\n"
+        "def compile_all(version, *rest):\n"
+        "    m.CHILD = 'import os; os.abort()' if version == '3.8.0' else CHILD\n"
+        "    return right(version, *rest)\n"
+        "CHILD, m.compile_all = m.CHILD, compile_all\n"
+        "sys.exit(m.main())\n"
+    )
+    versions = f"{here},3.0.0,3.8.0,3.9.9"
+    command = [sys.executable, "-c", program, "--versions", versions, "--capabilities", "75", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    good, missing, crashed, other = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    assert good["failed"] == [] and good["kernels"] >= 3 and good["most_registers"] > 0
+    assert missing["failed"] == ["cannot be installed"] and missing["kernels"] == 0
+    assert "exit code -6" in crashed["failed"][0]
+    assert other["failed"] == [f"this was Triton {here}"]
+    assert all(failure in done.stdout for cell in (missing, crashed, other) for failure in cell["failed"])
 
 
 def test_the_pack_runs_without_triton() -> None:
@@ -323,12 +355,13 @@ def test_the_pack_runs_without_triton() -> None:
         "import torch\n"
         "from tfmq.kernels import table, triton_backend\n"
         "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
+        "torch.cuda.get_device_name = lambda *_: 'a GPU'\n"
         "print(triton_backend.missing(torch.device('cuda')))\n"
         "print(table.pick(table.LINEAR_STATIC, torch.device('cuda'), table.Geometry((4, 4))).name)\n"
         "print('tfmq.kernels.triton_launch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["Triton is not installed", "int_mm", "False"], done.stderr
+    assert done.stdout.splitlines() == ["Triton is not installed", "float_product", "False"], done.stderr
 
 
 @needs_triton

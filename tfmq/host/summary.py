@@ -6,11 +6,13 @@ import json
 from collections import Counter
 from dataclasses import asdict
 
+from ..kernels.table import BACKENDS
 from ..scheme import Plan
 from ..words import counted
 from .swap import Quantized
 
 MEGABYTE = 1e6
+NOTES = {backend.name: backend.note for backend in BACKENDS}
 
 
 def text(quantized: Quantized) -> str:
@@ -26,11 +28,10 @@ def text(quantized: Quantized) -> str:
     for operation, counts in sorted(quantized.backends.items()):
         shares = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in counts.items())
         lines.append(f"{operation} runs on: {shares}")
-        if "reference" in counts:
-            lines.append("  not worth it here for speed: the reference backend is exact but slow")
-        if "float_conv" in counts:
-            lines.append("  float_conv computes in the model's float type: no fast integer convolution for these here")
-    lines += [f"  {name} passed over: {why}" for name, why in sorted(quantized.passed_over.items())]
+        lines += [f"  {name}: {NOTES[name]}" for name in counts if NOTES.get(name)]
+    used = {name for counts in quantized.backends.values() for name in counts}
+    for name, why in sorted(quantized.passed_over.items()):
+        lines.append(f"  {name} passed over{' by other layers' if name in used else ''}: {why}")
     lines += [line for line in (quantized.rounding, quantized.advice) if line]
     reasons = Counter(plan.left.values())
     lines += [f"left in float: {counted(count, 'layer')}, {why}" for why, count in sorted(reasons.items())]

@@ -19,8 +19,9 @@ from ..calibration import Calibration
 from ..decide import decide
 from ..edit import edited
 from ..errors import TfmqError
+from ..kernels import install
 from ..kernels.geometry import Geometry, geometry_of
-from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
+from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, costs_of, pick, refusals
 from ..leaf import LeafCore
 from ..rounding.reconstruct import Result
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
@@ -101,12 +102,12 @@ def quantize(
             geometries[path] = geometry
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in modules.items()}
     device = patcher.load_device
-    backend = pick(LINEAR_DYNAMIC, device, Geometry((1, 1)))
-    plan = decide(recipe, calibration, kinds, keep, backend.costs)
+    costs = costs_of(device, geometries.values())
+    plan = decide(recipe, calibration, kinds, keep, costs)
     if recipe.mixed:
-        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, backend.costs, progress)
+        plan = bits.mixed_plan(patcher, calibration, recipe, keep, geometries, costs, progress)
     if changes.strip():
-        plan = edited(plan, changes, calibration, keep, backend.costs)
+        plan = edited(plan, changes, calibration, keep, costs)
     nf4.require_for(plan, device)
     grids = over_time(plan, calibration)
     found = _rounded(patcher, calibration, plan, progress)
@@ -208,7 +209,8 @@ def _put_temporal(
 
 def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place. size: its true bytes."""
-    quantized = replace(quantized, advice=precision.advice(patcher))
+    sentences = precision.advice(patcher), install.advice(patcher.load_device, quantized.backends)
+    quantized = replace(quantized, advice="\n".join(filter(None, sentences)))
     patcher.set_attachments(ATTACHMENT, quantized)
     clocks = [clock for clock in (quantized.clock, quantized.temporal_clock) if clock is not None]
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(*clocks))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quantizer import per_channel
+from .float_product import decode
 from .geometry import Geometry, StaticInput
 
 
@@ -40,10 +40,9 @@ def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
     The range of the activation, which clips what an integer kernel computes, is not applied.
     """
     g = weight.geometry
-    # An int8 code has no rounding in 16 bits; scaled, the weight is rounded once.
-    w = weight.codes.float().mul_(per_channel(weight.scale, 4))
-    if grid.inverse_balance is not None:
-        channels = grid.inverse_balance.reshape(g.groups, 1, -1).expand(-1, g.shape[0] // g.groups, -1)
-        w.mul_(channels.reshape(g.shape[0], -1, 1, 1))
-    w = w.to(x.dtype)
+    channels = grid.inverse_balance
+    if channels is not None:
+        channels = channels.reshape(g.groups, 1, -1).expand(-1, g.shape[0] // g.groups, -1)
+        channels = channels.reshape(g.shape[0], -1, 1, 1)
+    w = decode(weight.codes, weight.scale, channels, x.dtype)
     return F.conv2d(x, w, None if bias is None else bias.to(x.dtype), g.stride, g.padding, g.dilation, g.groups)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -10,8 +11,19 @@ from types import ModuleType
 import torch
 
 from ..costs import FREE, Costs, GpuCosts
-from . import float_conv, int_mm, onednn, reference, triton_backend, triton_probe
+from . import (
+    float_conv,
+    float_product,
+    int_mm,
+    kitchen,
+    onednn,
+    reference,
+    triton_backend,
+    triton_int_mm,
+    triton_probe,
+)
 from .geometry import Geometry
+from .rates import no_int8, slower
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
 # Of GroupNorm and SiLU before it; only where a backend is faster with all three in one.
@@ -24,13 +36,15 @@ MULTIPLY_GATED = "multiply_gated"
 class Backend:
     """`module`: holds `prepare(codes, scale, geometry, sums)` and the operations by name.
 
-    `refuse(operation, device, geometry)`: why it cannot run this, or None.
+    `refuse(operation, device, geometry)`: why it cannot run this or should not, or None. `note`: what a person who got
+    it should know.
     """
 
     name: str
     module: ModuleType
     refuse: Callable[[str, torch.device, Geometry], str | None]
     costs: Costs
+    note: str = ""
 
 
 def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -43,24 +57,38 @@ def _triton(operation: str, device: torch.device, geometry: Geometry) -> str | N
     return triton_backend.missing(device) or triton_probe.fault(device) or triton_backend.unsafe(geometry)
 
 
+def _triton_int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    reason = triton_backend.unsafe(geometry) or triton_int_mm.missing(device)
+    return reason or slower(device, geometry, triton_int_mm.PASSES)
+
+
+def _kitchen(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    if geometry.is_conv:
+        return "only Linear layers"
+    return kitchen.missing(device) or kitchen.unsafe(geometry) or slower(device, geometry, kitchen.PASSES[operation])
+
+
 def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
     if geometry.groups != 1:
         return "no grouped convolution"
     if device.type == "cpu":
         return None if hasattr(torch, "_int_mm") else "this torch has no integer matrix product"
-    if device.type != "cuda":
-        return f"no integer matrix product on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
-        return "the GPU has no int8 tensor cores"
-    if geometry.is_conv and (geometry.shape[2:] != (1, 1) or any(geometry.padding)):
-        return "only 1 x 1 convolutions on a GPU: others would have to gather their patches"
-    return None
+    reason = no_int8(device)
+    if reason is None and geometry.is_conv and (geometry.shape[2:] != (1, 1) or any(geometry.padding)):
+        reason = "only 1 x 1 convolutions on a GPU: others would have to gather their patches byte by byte"
+    return reason or slower(device, geometry, int_mm.PASSES)
 
 
 def _float_conv(operation: str, device: torch.device, geometry: Geometry) -> str | None:
     if operation != CONV2D_STATIC:
         return "only convolutions"
-    return None if device.type == "cuda" else "only on GPUs"
+    return "only on GPUs" if device.type == "cpu" else None
+
+
+def _float_product(operation: str, device: torch.device, geometry: Geometry) -> str | None:
+    if geometry.is_conv:
+        return "only Linear layers"
+    return "only on GPUs" if device.type == "cpu" else None
 
 
 def _reference(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -75,10 +103,29 @@ BACKENDS = (
     Backend("onednn", onednn, _onednn, Costs(2.0, 0.3, 2.4)),
     # Not measured: a row is read once more, out of the cache.
     Backend("triton", triton_backend, _triton, GpuCosts(1.1)),
+    Backend(
+        "triton_int_mm", triton_int_mm, _triton_int_mm, GpuCosts(1.1),
+        "PyTorch's int8 product between Triton kernels of ours: Triton makes none for this GPU",
+    ),
+    # By `kitchen.PASSES`; a per-token layer is given to it only where it is faster than in float16.
+    Backend(
+        "kitchen", kitchen, _kitchen, FREE,
+        "int8 kernels that come with ComfyUI; each row gets a range of its own about the calibrated one's centre",
+    ),
     Backend("int_mm", int_mm, _int_mm, Costs(1.2)),
-    Backend("float_conv", float_conv, _float_conv, FREE),
-    Backend("reference", reference, _reference, FREE),
-)
+    Backend(
+        "float_conv", float_conv, _float_conv, FREE,
+        "computes in the model's float type: no fast integer convolution for these here",
+    ),
+    Backend(
+        "float_product", float_product, _float_product, FREE,
+        "computes in the model's float type: no integer product that is faster for these here",
+    ),
+    Backend(
+        "reference", reference, _reference, FREE,
+        "not worth it here for speed: the reference backend is exact but slow",
+    ),
+)  # fmt: skip
 
 
 def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
@@ -94,6 +141,12 @@ def _first(operation: str, device: torch.device, geometry: Geometry) -> Backend:
 
 _kept = lru_cache(maxsize=4096)(_first)
 pick.cache_clear = _kept.cache_clear  # type: ignore[attr-defined]
+
+
+def costs_of(device: torch.device, geometries: Iterable[Geometry]) -> Costs:
+    """Of the backend that most of a model's Linear layers get."""
+    linear = [g for g in geometries if not g.is_conv] or [Geometry((1, 1))]
+    return Counter(pick(LINEAR_DYNAMIC, device, g) for g in linear).most_common(1)[0][0].costs
 
 
 def refusals(operation: str, device: torch.device, geometry: Geometry) -> dict[str, str]:

@@ -221,6 +221,23 @@ def smallest_tile(device: torch.device) -> Tile:
     return min(tiles_of(machine(device).capability), key=lambda tile: (tile.m * tile.n, tile.stages * tile.k))
 
 
+def finish(
+    sums: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
+    residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Integer products int32 [M, N] of another's making -> out float [M, N]; both contiguous. The rest as in
+    `product`."""
+    m, n = out.shape
+    scale, zero = (None, None) if grid is None else (grid.scale, grid.zero_point)
+    row_scale, row_offset = (None, None) if rows is None else (rows.scale, rows.offset)
+    with _on(out.device):
+        finish_kernel[(cdiv(m, 32), cdiv(n, 64))](
+            sums, scale, zero, row_scale, row_offset, weight.scale, weight.sums, bias, residual, out, m, n,
+            DYNAMIC=rows is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SPLIT=1,
+            BM=32, BN=64, num_warps=4,
+        )  # fmt: skip
+
+
 def _timer(run: Callable[[Tile], None], device: torch.device) -> Callable[[Tile], float] | None:
     if device.type != "cuda":
         return None
