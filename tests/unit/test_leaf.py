@@ -280,7 +280,7 @@ def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pyte
 def test_a_copy_that_stays_is_prepared_once(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As dynamic loading keeps a weight on the device, until it needs the room for another."""
     made = make(operation)
-    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     leaf, owner, count = made.leaf, object(), []
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
@@ -303,7 +303,7 @@ def test_a_copy_that_stays_is_prepared_once(operation: str, monkeypatch: pytest.
 @pytest.mark.parametrize("operation", [LINEAR_STATIC, CONV2D_STATIC])
 def test_nothing_is_kept_that_takes_memory(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(operation)
-    use(monkeypatch, BACKENDS[-1], operation, made.leaf.geometry)
+    use(monkeypatch, BACKENDS[-1])
     leaf, count = made.leaf, []
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda c, *a: count.append(1) or inner(c.clone(), *a))
