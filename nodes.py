@@ -12,12 +12,15 @@ from comfy_api.latest import ComfyExtension, io, ui
 
 from .nodes_report import TemporalReport
 from .tfmq.errors import TfmqError
-from .tfmq.grouped import GROUPS
+from .tfmq.formats.int4 import GROUPS
 from .tfmq.host import calibrate as calibration
-from .tfmq.host import store, summary, swap, temporal_cache, temporal_quant, temporal_table
+from .tfmq.host import quantize, store, summary
+from .tfmq.host.temporal import cache as temporal_cache
+from .tfmq.host.temporal import quantize as temporal_quant
+from .tfmq.host.temporal import table as temporal_table
+from .tfmq.observe import sampling_times as steps_of_run
 from .tfmq.report import metrics, sheet
 from .tfmq.scheme import AT_A_QUALITY, PRESETS, ROUNDINGS, UNDER_A_SIZE
-from .tfmq.temporal import sampling_times as steps_of_run
 from .tfmq.words import counted
 
 CATEGORY = "TFMQ"
@@ -275,8 +278,8 @@ class Quantize(io.ComfyNode):
         elif recipe == AT_A_QUALITY:
             wanted = replace(wanted, quality=quality_db)
         bar = comfy.utils.ProgressBar(1)
-        result = swap.quantize(model, calibration.load(), wanted, bar.update_absolute, plan)
-        record = swap.require_quantized(result)
+        result = quantize.quantize(model, calibration.load(), wanted, bar.update_absolute, plan)
+        record = quantize.require_quantized(result)
         text = summary.text(record)
         return io.NodeOutput(result, text, summary.report(record), ui=ui.PreviewText(text))
 
@@ -341,7 +344,7 @@ class Load(io.ComfyNode):
         if path is None:
             raise TfmqError(f"{model_name} is no longer in ComfyUI's {store.FOLDER} folders: choose another file.")
         model = store.load(path)
-        text = summary.text(swap.require_quantized(model))
+        text = summary.text(quantize.require_quantized(model))
         warning = store.sampling_warning(model)
         text = f"{text}\nnote: {warning}" if warning else text
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))

@@ -1,4 +1,4 @@
-"""TFMQ Temporal Report: the node face of `tfmq.host.temporal_report`."""
+"""TFMQ Temporal Report: the node face of `tfmq.host.temporal.report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from .tfmq.errors import TfmqError
-from .tfmq.host import temporal_report
+from .tfmq.host.temporal import report as temporal_report
 from .tfmq.report import temporal as plots
 
 CalibrationType = io.Custom("TFMQ_CALIBRATION")

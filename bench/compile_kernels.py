@@ -23,9 +23,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tfmq.kernels import triton_tune
-from tfmq.kernels.geometry import Geometry, Norm, StaticInput
-from tfmq.kernels.triton_tune import Machine, Tile
+from tfmq.geometry import Geometry, Norm, StaticInput
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Machine, Tile
 
 # Compute capability -> bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
 SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -83,7 +83,7 @@ def launches(capability: int, tile: Tile | None) -> Iterator[list[tuple[str, Any
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from tfmq.kernels import triton_launch
+    from tfmq.kernels.triton import launch as triton_launch
 
     made: list[tuple[str, Any, float]] = []
     run = JITFunction.run
@@ -134,7 +134,8 @@ def cases(capability: int) -> list[Case]:
     """Every operation in the forms that compile to code of their own."""
     if capability in AROUND:
         return _around()
-    from tfmq.kernels import triton_backend, triton_launch
+    from tfmq.kernels.triton import backend as triton_backend
+    from tfmq.kernels.triton import launch as triton_launch
 
     def product(name: str, how: str, weight: Any, *rest: Any, tile: Tile | None = TILE, **more: Any) -> Case:
         return Case(name, lambda: getattr(triton_backend, how)(rest[0], weight, *rest[1:], **more), tile)
@@ -181,7 +182,7 @@ def cases(capability: int) -> list[Case]:
 
 def _around() -> list[Case]:
     """What runs around torch's int8 product, which is not ours; small, since a CPU computes that product."""
-    from tfmq.kernels import triton_int_mm
+    from tfmq.kernels.triton import int_mm as triton_int_mm
 
     linear = triton_int_mm.prepare(torch.empty(64, 64, dtype=torch.int8), torch.empty(64), Geometry((64, 64)))
     geometry = Geometry((64, 32, 3, 3), padding=(1, 1))
@@ -209,13 +210,13 @@ def largest(capability: int) -> Tile:
 
 
 def _linear(n: int, k: int) -> Any:
-    from tfmq.kernels import triton_backend
+    from tfmq.kernels.triton import backend as triton_backend
 
     return triton_backend.prepare(torch.empty(n, k, dtype=torch.int8), torch.empty(n), Geometry((n, k)))
 
 
 def _conv(n: int, c: int, size: int, stride: int = 1) -> Any:
-    from tfmq.kernels import triton_backend
+    from tfmq.kernels.triton import backend as triton_backend
 
     geometry = Geometry((n, c, size, size), (stride, stride), (size // 2, size // 2))
     codes = torch.empty(geometry.shape, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
@@ -224,8 +225,8 @@ def _conv(n: int, c: int, size: int, stride: int = 1) -> Any:
 
 def _packed(n: int, c: int, size: int, group: int) -> Any:
     """size: of a convolution's kernel; 0 for a Linear."""
-    from tfmq.grouped import Grid, Packed
-    from tfmq.kernels import triton_backend
+    from tfmq.formats.int4 import Grid, Packed
+    from tfmq.kernels.triton import backend as triton_backend
 
     shape = (n, c, size, size) if size else (n, c)
     columns = c * (size * size if size else 1)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from tfmq.kernels.geometry import Geometry, StaticInput
+from tfmq import atomic
+from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels.table import BACKENDS, LINEAR_DYNAMIC
-from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
-from tfmq.report import atomic
 
 SHAPES = ((8192, 320, 320), (8192, 320, 2560), (2048, 640, 640), (512, 1280, 1280), (512, 1280, 10240))
 REPEATS = 15

@@ -38,7 +38,8 @@ from torch import Tensor
 from demo import adherence, checkpoint, render
 from demo.adapt import SAMPLING, SIZE
 from devkit import inprocess
-from tfmq.report import atomic, metrics
+from tfmq import atomic
+from tfmq.report import metrics
 
 from .quality_kept import Kept, calibrations_in
 from .quality_makers import ABLATED, EFFORTS, MAKERS, MIXED, Source, dominated, in_bytes, make

@@ -24,7 +24,7 @@ from bench import unet
 from bench.speed_host import end_to_end
 from bench.speed_networks import OURS, Contender, Missing, build, default_contenders
 from bench.speed_operations import operations
-from tfmq.report import atomic
+from tfmq import atomic
 
 CACHE = Path(__file__).parent.parent / ".cache" / "speed"
 SECONDS = 120.0  # after which no further round begins

@@ -34,8 +34,8 @@ def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
     from bench.quality_kept import calibrations_in
 
     calibrate = sys.modules[f"{pack}.tfmq.host.calibrate"]
-    swap = sys.modules[f"{pack}.tfmq.host.swap"]
-    narrow = device.type == "cpu" and sys.modules[f"{pack}.tfmq.host.precision"].fast_bfloat16()
+    swap = sys.modules[f"{pack}.tfmq.host.quantize"]
+    narrow = device.type == "cpu" and sys.modules[f"{pack}.tfmq.host.faster.precision"].fast_bfloat16()
     recipe = sys.modules[f"{pack}.tfmq.scheme"].PRESETS["W8A8"]
     config = unet.CONFIGS[model]
     patcher = _load(config, torch.bfloat16 if device.type == "cpu" else torch.float16)

@@ -19,20 +19,20 @@ from torch.nn import functional as F
 
 from bench import unet
 from devkit import inprocess
-from tfmq import norm_chain
-from tfmq.attention import whole_vectors
-from tfmq.calibration import Calibration
-from tfmq.decide import decide
+from tfmq.decide.plan import decide
 from tfmq.errors import TfmqError
 from tfmq.files import read_calibration, write_calibration
-from tfmq.kernels.geometry import Geometry, geometry_of
+from tfmq.geometry import Geometry, geometry_of
 from tfmq.kernels.table import costs_of
-from tfmq.leaf import LeafCore, QuantConv2d, QuantLinear
-from tfmq.observe import ModelObserver
-from tfmq.packed_codes import PackedCodes
-from tfmq.rowwise import gated_blocks, in_blocks, suits
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.model import ModelObserver
+from tfmq.runtime import norm_silu_conv
+from tfmq.runtime.key_padding import whole_vectors
+from tfmq.runtime.leaf import LeafCore, QuantConv2d, QuantLinear
+from tfmq.runtime.packed_codes import PackedCodes
+from tfmq.runtime.row_blocks import gated_blocks, in_blocks, suits
 from tfmq.scheme import PRESETS
-from tfmq.solve import solve_layer
+from tfmq.solve.layer import solve_layer
 from tfmq.temporal.tib import boundary_layers, find_tib
 from tfmq.timeline import Clock, Partition, TimeAxis
 
@@ -152,21 +152,21 @@ def put(network: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def chain_norms(network: nn.Module) -> None:
-    """Each norm and SiLU before a convolution in one, as tfmq.host.norms has it."""
+    """Each norm and SiLU before a convolution in one, as tfmq.host.faster.norms has it."""
     for part in network.modules():
         if isinstance(part, unet.ResBlock):
             for layers_in_turn in (part.in_layers, part.out_layers):
-                vars(layers_in_turn)["forward"] = partial(norm_chain.run, layers_in_turn)
+                vars(layers_in_turn)["forward"] = partial(norm_silu_conv.run, layers_in_turn)
 
 
 def _feed_forward(first: Any, _dropout: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
-    """As tfmq.host.feed_forward has it."""
+    """As tfmq.host.faster.feed_forward has it."""
     y: Tensor = second(first.proj(x, gated=True))
     return y
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As tfmq.host.attention has it."""
+    """As tfmq.host.faster.attention has it."""
     mask = None
     padded = whole_vectors(q, k, v)
     if padded is not None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.speed_ops import SHAPES, Conv
-from tfmq.kernels.geometry import Geometry, StaticInput
+from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick
-from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
 
 ROUNDS = 5
 

@@ -89,7 +89,7 @@ def main() -> None:
     shapes = SMOKE if arguments.smoke else {name: SHAPES[name] for name in arguments.models.split(",")}
     found = measure(shapes, arguments.device, arguments.dtype, 2 if arguments.smoke else ROUNDS)
     if arguments.json:
-        from tfmq.report import atomic
+        from tfmq import atomic
 
         atomic.write_bytes(arguments.json, f"{json.dumps(found, indent=1)}\n".encode())
 
@@ -151,10 +151,11 @@ def contenders(shape: Conv | Linear, device: Any, dtype: Any) -> dict[str, tuple
     import torch
     from torch.nn import functional as F
 
-    from tfmq import grouped
-    from tfmq.kernels import triton_backend, triton_launch
-    from tfmq.kernels.geometry import Geometry, StaticInput
-    from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
+    from tfmq.formats import int4
+    from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+    from tfmq.geometry import Geometry, StaticInput
+    from tfmq.kernels.triton import backend as triton_backend
+    from tfmq.kernels.triton import launch as triton_launch
 
     g = torch.Generator(device=device).manual_seed(0)
     conv = isinstance(shape, Conv)
@@ -174,10 +175,10 @@ def contenders(shape: Conv | Linear, device: Any, dtype: Any) -> dict[str, tuple
     bias = torch.randn(geometry.shape[0], generator=g, device=device).to(dtype)
     scale = channel_scale(weight)
     eight = triton_backend.prepare(quantize_weight(weight, scale), scale, geometry)
-    group = grouped.group_for(geometry.shape[1], 64)
-    columns = grouped.to_columns(weight)
-    grid4 = grouped.search_grid(columns, group, symmetric=True)
-    packed = grouped.Packed(grouped.pack(grouped.nearest(columns, grid4)), grid4, geometry.shape)
+    group = int4.group_for(geometry.shape[1], 64)
+    columns = int4.to_columns(weight)
+    grid4 = int4.search_grid(columns, group, symmetric=True)
+    packed = int4.Packed(int4.pack(int4.nearest(columns, grid4)), grid4, geometry.shape)
     four = triton_backend.prepare_packed(packed, geometry)
     edge = torch.tensor([4.0], device=device)
     grid = StaticInput(*affine_grid(-edge, edge), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from devkit.inprocess import use_host
-from tfmq.report import atomic
+from tfmq import atomic
 
 PARTS = ("share", "error", "cache", "ranges")
 

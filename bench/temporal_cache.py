@@ -109,7 +109,7 @@ def cache(checkpoint: Path | None = None, prompts: Path | None = None) -> dict[s
     `without_weights`: of tables that are saved instead of the weights (`temporal_table`).
     """
     load_pack()
-    host = import_module(f"{PACK_MODULE}.tfmq.host.temporal_cache")
+    host = import_module(f"{PACK_MODULE}.tfmq.host.temporal.cache")
     found: dict[str, Any] = {name: _tiny_entry(host, name) for name in BENCH}
     found["projected"] = {name: projected(name, steps, rows) for name, steps, rows in REAL}
     found["without_weights"] = without_weights(checkpoint, prompts)

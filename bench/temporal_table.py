@@ -45,7 +45,7 @@ def _tiny(name: str) -> dict[str, Any]:
     from bench.temporal_cache import patcher_of, sample
 
     load_pack()
-    host, model = (import_module(f"{PACK_MODULE}.tfmq.host.{part}") for part in ("temporal_table", "model"))
+    host, model = (import_module(f"{PACK_MODULE}.tfmq.host.{part}") for part in ("temporal.table", "model"))
     base, other = patcher_of(name), patcher_of(name)
     with torch.inference_mode():
         table = host.make(base, base, model.time_axis(base), lambda done, total: None)

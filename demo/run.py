@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from demo import html
 from devkit import workflow
 from devkit.client import Client, HostError, Result
 from devkit.host import Server
 from devkit.paths import CACHE, WORKFLOWS
-from tfmq.report import html, sheet
+from tfmq.report import sheet
 
 from . import adherence, render
 from .adapt import for_demo

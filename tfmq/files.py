@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .calibration import Calibration
 from .errors import TfmqError
-from .observe import LayerStatistics
-from .samples import Samples
+from .observe.calibration import Calibration
+from .observe.model import LayerStatistics
+from .observe.samples import Samples
 from .timeline import Partition, TimeAxis
 
 MANIFEST = "tfmq"

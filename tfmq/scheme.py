@@ -21,7 +21,7 @@ class Scheme:
     `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.
     `balanced`: whether input channels are rescaled before quantization, the inverse folded into the weight.
     `rotation`: block size of the rotation of the (balanced) input of a Linear, 0 for none. `permuted`: whether it
-    has permutations of the channels (`tfmq.rotation`).
+    has permutations of the channels (`tfmq.formats.hadamard`).
     `group`: input columns that share a factor of a 4-bit weight, 0 at 8 bits. `weight_format`: "int", or "nf4" or
     "fp4", the formats of bitsandbytes.
     """

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grids import Grids
-from .last_input import LastInput
+from .runtime.grids import Grids
+from .runtime.shared_input import LastInput
 
 
 @dataclass(frozen=True)

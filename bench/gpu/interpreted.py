@@ -15,7 +15,9 @@ def install() -> None:
     from triton.runtime import interpreter
 
     from bench.interpreter import mend
-    from tfmq.kernels import table, triton_backend, triton_int_mm
+    from tfmq.kernels import table
+    from tfmq.kernels.triton import backend as triton_backend
+    from tfmq.kernels.triton import int_mm as triton_int_mm
 
     mend()
     modules: tuple[Any, ...] = (triton_backend, triton_int_mm)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from bench.gpu.cross import compile_for, instruction, usage
-from tfmq.kernels import triton_launch
-from tfmq.kernels.triton_tune import Tile
+from tfmq.kernels.triton import launch as triton_launch
+from tfmq.kernels.triton.tune import Tile
 
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu.truth import Judge, product_sums
-from tfmq import grouped
-from tfmq.kernels import triton_backend
-from tfmq.kernels import triton_launch as launch
-from tfmq.kernels.geometry import Geometry, StaticInput
-from tfmq.kernels.triton_launch import Prepared
+from tfmq.formats import int4
+from tfmq.geometry import Geometry, StaticInput
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import launch
+from tfmq.kernels.triton.launch import Prepared
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -67,8 +67,8 @@ class Place:
         codes = self.integers(0, 16, n, k).to(torch.uint8)
         zero = self.integers(0, 16, n, k // group)
         factor = torch.minimum(self.integers(1, 16, n, k // group), 127 // torch.maximum(zero, 15 - zero))
-        grid = grouped.Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)
-        packed = grouped.Packed(grouped.pack(codes), grid, geometry.shape)
+        grid = int4.Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)
+        packed = int4.Packed(int4.pack(codes), grid, geometry.shape)
         each = factor.repeat_interleave(group, 1) * (codes.long() - zero.repeat_interleave(group, 1))
         return Layer(triton_backend.prepare_packed(packed, geometry), each.to(torch.int8), geometry)
 

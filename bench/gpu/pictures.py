@@ -46,7 +46,7 @@ def make(device: str, given: str | None) -> dict[str, Any]:
     pictures = {"float": timed("float", lambda: quality.sample(model, setting))}
     conditionings = [quality.encode(clip, text) for text in others[:CALIBRATION]]
     calibration = timed("calibrate", lambda: quality.calibrate(pack, model, setting, conditionings))
-    swap = sys.modules[f"{pack.__name__}.tfmq.host.swap"]
+    swap = sys.modules[f"{pack.__name__}.tfmq.host.quantize"]
     recipe = sys.modules[f"{pack.__name__}.tfmq.scheme"].PRESETS["W8A8"]
     quantized = timed("quantize", lambda: swap.quantize(model, calibration, recipe, lambda *_: None))
     pictures["ours"] = timed("ours", lambda: quality.sample(quantized, setting))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.speed_networks import chain_norms, kept_in_float, put
-from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.leaf import QuantConv2d, QuantLinear
-from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
+from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+from tfmq.geometry import Geometry, geometry_of
+from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 

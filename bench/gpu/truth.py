@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu.case import Wrong
-from tfmq.kernels.geometry import Geometry, StaticInput
-from tfmq.kernels.triton_launch import Rows
+from tfmq.geometry import Geometry, StaticInput
+from tfmq.kernels.triton.launch import Rows
 
 ROUNDING = 2.0**-24  # of float32, relative
 # Of a code before it is rounded: three roundings to float32 of numbers up to 255 + 255.

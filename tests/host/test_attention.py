@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from support import patchers
 
-ours = patchers.module("tfmq.host.attention")
+ours = patchers.module("tfmq.host.faster.attention")
 
 from comfy.ldm.modules import attention  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
@@ -129,7 +129,7 @@ def test_a_quantized_model_has_it_and_its_base_has_not(base, quantized):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_is_advised_where_it_helps_and_works(base, quantized, monkeypatch, fast):
-    precision = patchers.module("tfmq.host.precision")
+    precision = patchers.module("tfmq.host.faster.precision")
     monkeypatch.setattr(precision, "fast_bfloat16", lambda: fast)
     said = precision.advice(quantized)
     assert ("ModelComputeDtype" in said) == fast

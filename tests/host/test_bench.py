@@ -226,7 +226,7 @@ def test_seconds_in_a_real_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["prompts"], found["steps"]) == (2, 2)
     from support import patchers
 
-    narrow = patchers.module("tfmq.host.precision").fast_bfloat16()
+    narrow = patchers.module("tfmq.host.faster.precision").fast_bfloat16()
     kinds = ["float", "bf16", "ours_w8a8", "ours_w8a8_bf16"] if narrow else ["float", "ours_w8a8"]
     assert list(found["picture_s"]) == kinds and ("ratio_bf16" in found) == narrow
     assert min(*found["picture_s"].values(), found["calibrate_s"], found["quantize_s"], found["generations"]) > 0

@@ -105,8 +105,8 @@ def test_the_report_comes_back_as_a_plan(base, calibration):
 
 
 def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
-    reconstruct = patchers.module("tfmq.host.reconstruct")
-    solve = patchers.module("tfmq.solve")
+    reconstruct = patchers.module("tfmq.host.rounding")
+    solve = patchers.module("tfmq.solve.layer")
     data = json.loads(patchers.nodes.Quantize.execute(base, calibration, "W4A8").args[2])
     names = list(data["plan"]["layers"])[::3]
     data["plan"]["layers"] |= dict.fromkeys(names, 8)
@@ -118,5 +118,5 @@ def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
             layer, weight = layers[name], base.model.diffusion_model.get_submodule(name).weight
             layer.round_to_8_bits(solve.as_multiplied(plan.layers[name], read.layers[name], weight.float()))
             assert layer.sample is not None
-            found = patchers.module("tfmq.host.layout").codes_of(patchers.leaves(mixed)[name].weight._qdata)
+            found = patchers.module("tfmq.host.leaf.layout").codes_of(patchers.leaves(mixed)[name].weight._qdata)
             assert torch.equal(layer.weight8[0], found)

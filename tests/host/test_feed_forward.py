@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from support import patchers, ties
 
-ours = patchers.module("tfmq.host.feed_forward")
-rowwise = patchers.module("tfmq.rowwise")
+ours = patchers.module("tfmq.host.faster.feed_forward")
+rowwise = patchers.module("tfmq.runtime.row_blocks")
 store = patchers.module("tfmq.host.store")
 onednn = patchers.module("tfmq.kernels.onednn")
 table = patchers.module("tfmq.kernels.table")
-geometry = patchers.module("tfmq.kernels.geometry")
+geometry = patchers.module("tfmq.geometry")
 
 pytestmark = pytest.mark.rounding
 

@@ -19,7 +19,7 @@ finetune = patchers.module("tfmq.rounding.finetune")
 adaround = patchers.module("tfmq.rounding.adaround")
 model = patchers.module("tfmq.host.model")
 store = patchers.module("tfmq.host.store")
-swap = patchers.module("tfmq.host.swap")
+swap = patchers.module("tfmq.host.quantize")
 BALANCED = adaround.Settings(iterations=0, scale_iterations=2, batch=4, rate=1e-3)
 RATES = {"activation_rate": 1e-3, "weight_rate": 1e-3, "bias_rate": 1e-3}
 
@@ -88,7 +88,7 @@ def test_a_fine_tuned_unet_is_saved_with_its_time_embedding(
 
 def test_an_interrupt_in_the_last_stage_leaves_the_model_as_it_was(tmp_path: Path, short: None) -> None:
     patcher = patchers.load(tiny.FLUX)
-    host = patchers.module("tfmq.host.reconstruct")
+    host = patchers.module("tfmq.host.rounding")
 
     class Interrupted(BaseException):
         pass

@@ -10,7 +10,7 @@ import comfy.utils  # isort: skip
 
 first_run = patchers.module("tfmq.host.first_run")
 table = patchers.module("tfmq.kernels.table")
-tune = patchers.module("tfmq.kernels.triton_tune")
+tune = patchers.module("tfmq.kernels.triton.tune")
 
 GPU = tune.Machine("a GPU", (9, 0), 132)
 SHAPES = [tune.Shape("3 x 3 int8", 8192, n, 320, 9) for n in (320, 640, 1280)]

@@ -8,7 +8,7 @@ import torch
 
 from support import patchers
 
-last_input = patchers.module("tfmq.last_input")
+last_input = patchers.module("tfmq.runtime.shared_input")
 store = patchers.module("tfmq.host.store")
 
 

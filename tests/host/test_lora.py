@@ -249,7 +249,7 @@ def test_a_hooked_lora_on_one_branch_and_part_of_the_way(base, quantized, lora):
 
 def test_a_strength_that_changes_stays_off_what_has_no_hook(quantized, lora, monkeypatch):
     """The first of the two calls of each step has none."""
-    module, calls = patchers.module("tfmq.host.leaf"), []
+    module, calls = patchers.module("tfmq.host.leaf.leaf"), []
     for kind in (module.QuantLinear, module.QuantConv2d):
         own = kind.float_forward
         monkeypatch.setattr(kind, "float_forward", lambda leaf, *a, own=own: calls.append(leaf) or own(leaf, *a))

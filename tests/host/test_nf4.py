@@ -18,9 +18,9 @@ from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 pytestmark = pytest.mark.rounding
 
-nf4 = patchers.module("tfmq.host.nf4")
+nf4 = patchers.module("tfmq.host.leaf.nf4")
 scheme = patchers.module("tfmq.scheme")
-swap = patchers.module("tfmq.host.swap")
+swap = patchers.module("tfmq.host.quantize")
 store = patchers.module("tfmq.host.store")
 FORMS = ("nf4", "fp4")
 BITS = 4 + 16 / 64
@@ -55,8 +55,8 @@ def layer(form, shape, dtype=torch.float32, seed=0):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     module = nn.Linear(shape[1], shape[0], dtype=dtype)
     state = nf4.solve(scheme.Scheme(4, 16, scheme.NONE, weight_format=form), weight)
-    geometry = patchers.module("tfmq.kernels.geometry").geometry_of(module)
-    leaf = patchers.module("tfmq.host.leaf").make_leaf(module, state, geometry, None, module.bias.detach(), dtype)
+    geometry = patchers.module("tfmq.geometry").geometry_of(module)
+    leaf = patchers.module("tfmq.host.leaf.leaf").make_leaf(module, state, geometry, None, module.bias.detach(), dtype)
     return leaf, weight
 
 

@@ -9,8 +9,8 @@ from support import loras, patchers, ties
 
 import comfy.model_management  # isort: skip
 
-ours = patchers.module("tfmq.host.norms")
-chains = patchers.module("tfmq.norm_chain")
+ours = patchers.module("tfmq.host.faster.norms")
+chains = patchers.module("tfmq.runtime.norm_silu_conv")
 onednn = patchers.module("tfmq.kernels.onednn")
 store = patchers.module("tfmq.host.store")
 

@@ -173,9 +173,9 @@ def test_no_float_weight_is_made_in_the_forward_pass(quantized, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("a float weight was made")
 
-    monkeypatch.setattr(patchers.module("tfmq.host.layout").Int8Layout, "dequantize", refuse)
-    monkeypatch.setattr(patchers.module("tfmq.host.leaf").QuantLinear, "float_forward", refuse)
-    monkeypatch.setattr(patchers.module("tfmq.host.leaf").QuantConv2d, "float_forward", refuse)
+    monkeypatch.setattr(patchers.module("tfmq.host.leaf.layout").Int8Layout, "dequantize", refuse)
+    monkeypatch.setattr(patchers.module("tfmq.host.leaf.leaf").QuantLinear, "float_forward", refuse)
+    monkeypatch.setattr(patchers.module("tfmq.host.leaf.leaf").QuantConv2d, "float_forward", refuse)
     patchers.sample(quantized)
 
 
@@ -218,7 +218,7 @@ def test_a_weight_that_is_streamed_lies_as_it_did(quantized):
 def test_what_dynamic_loading_keeps_on_the_device_is_prepared_once(quantized, monkeypatch):
     """It hands the same object over at every call, `_v_weight`, as long as it lies there."""
     table, reference = patchers.module("tfmq.kernels.table"), patchers.module("tfmq.kernels.reference")
-    monkeypatch.setattr(patchers.module("tfmq.leaf"), "pick", lambda *_: table.BACKENDS[-1])
+    monkeypatch.setattr(patchers.module("tfmq.runtime.leaf"), "pick", lambda *_: table.BACKENDS[-1])
     inner, count = reference.prepare, []
     monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
     for path in linear_and_conv(quantized):
@@ -267,7 +267,7 @@ def test_what_dynamic_loading_puts_back_by_its_path_meets_no_leaf(base, quantize
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
     layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
-    found = patchers.module("tfmq.host.swap").too_small(SimpleNamespace(is_dynamic=lambda: dynamic), layers)
+    found = patchers.module("tfmq.host.quantize").too_small(SimpleNamespace(is_dynamic=lambda: dynamic), layers)
     assert list(found) == (["small"] if dynamic else [])
 
 

@@ -12,10 +12,10 @@ import torch
 
 from support import patchers, tiny
 
-host = patchers.module("tfmq.host.reconstruct")
+host = patchers.module("tfmq.host.rounding")
 adaround = patchers.module("tfmq.rounding.adaround")
-costs = patchers.module("tfmq.costs")
-decide = patchers.module("tfmq.decide")
+costs = patchers.module("tfmq.kernels.costs")
+decide = patchers.module("tfmq.decide.plan")
 model = patchers.module("tfmq.host.model")
 scheme = patchers.module("tfmq.scheme")
 SHORT = adaround.Settings(iterations=3, scale_iterations=2, batch=4, rate=1e-3)

@@ -14,8 +14,8 @@ import comfy.utils  # isort: skip
 pytestmark = pytest.mark.rounding
 
 store = patchers.module("tfmq.host.store")
-swap = patchers.module("tfmq.host.swap")
-decide = patchers.module("tfmq.decide")
+swap = patchers.module("tfmq.host.quantize")
+decide = patchers.module("tfmq.decide.plan")
 scheme = patchers.module("tfmq.scheme")
 
 

@@ -15,7 +15,7 @@ import comfy.sd  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 store = patchers.module("tfmq.host.store")
-swap = patchers.module("tfmq.host.swap")
+swap = patchers.module("tfmq.host.quantize")
 summary = patchers.module("tfmq.host.summary")
 pytestmark = pytest.mark.usefixtures("folder")
 

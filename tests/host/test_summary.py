@@ -6,7 +6,7 @@ import pytest
 
 from support import patchers
 
-summary, swap = patchers.module("tfmq.host.summary"), patchers.module("tfmq.host.swap")
+summary, swap = patchers.module("tfmq.host.summary"), patchers.module("tfmq.host.quantize")
 install, table = patchers.module("tfmq.kernels.install"), patchers.module("tfmq.kernels.table")
 pytestmark = pytest.mark.usefixtures("folder")
 

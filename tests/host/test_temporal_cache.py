@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 from bench.host_formats import int8_model  # noqa: E402
 
-host = import_module(f"{PACK_MODULE}.tfmq.host.temporal_cache")
+host = import_module(f"{PACK_MODULE}.tfmq.host.temporal.cache")
 TfmqError = import_module(f"{PACK_MODULE}.tfmq.errors").TfmqError
 PLENTY = 10**9
 

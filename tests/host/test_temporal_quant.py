@@ -17,8 +17,8 @@ import comfy.hooks  # isort: skip
 import comfy.model_management  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
-leaf_module = patchers.module("tfmq.host.temporal_leaf")
-temporal_quant = patchers.module("tfmq.host.temporal_quant")
+leaf_module = patchers.module("tfmq.host.temporal.leaf")
+temporal_quant = patchers.module("tfmq.host.temporal.quantize")
 features = patchers.module("tfmq.temporal.features")
 fsc = patchers.module("tfmq.temporal.fsc")
 selection = patchers.module("tfmq.temporal.selection")

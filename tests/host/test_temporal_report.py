@@ -11,8 +11,8 @@ import torch
 from support import patchers, tiny
 
 report_nodes = patchers.module("nodes_report")
-look = patchers.module("tfmq.host.look")
-times = patchers.module("tfmq.temporal.sampling_times")
+look = patchers.module("tfmq.host.step_choice")
+times = patchers.module("tfmq.observe.sampling_times")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_branches_apart_use_their_own_grid(tmp_path: Path) -> None:
         learnt = patchers.calibrate(model, **options).load()
         apart = [path for path, s in learnt.layers.items() if s.branches is not None]
         assert any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in apart)
-        swap, scheme = patchers.module("tfmq.host.swap"), patchers.module("tfmq.scheme")
+        swap, scheme = patchers.module("tfmq.host.quantize"), patchers.module("tfmq.scheme")
         reference = patchers.sample(model, loud, negative=quiet, cfg=4.0)
         error = {}
         for together in (False, True):

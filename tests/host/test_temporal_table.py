@@ -18,12 +18,12 @@ import comfy.model_management  # isort: skip
 import comfy.sample  # isort: skip
 import comfy.supported_models  # isort: skip
 
-cache = patchers.module("tfmq.host.temporal_cache")
+cache = patchers.module("tfmq.host.temporal.cache")
 model = patchers.module("tfmq.host.model")
-quant = patchers.module("tfmq.host.temporal_quant")
+quant = patchers.module("tfmq.host.temporal.quantize")
 store = patchers.module("tfmq.host.store")
 summary = patchers.module("tfmq.host.summary")
-tables = patchers.module("tfmq.host.temporal_table")
+tables = patchers.module("tfmq.host.temporal.table")
 LIMIT = 0.06  # measured 0.03: a change of the temporal features, however small, makes 8-bit layers round another way
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde")
 pytestmark = [pytest.mark.rounding, pytest.mark.usefixtures("folder")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tfmq.kernels.geometry import Geometry
+from tfmq.geometry import Geometry
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, Backend
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -29,7 +29,7 @@ PACK = inprocess.PACK_MODULE
 
 
 def module(name: str) -> ModuleType:
-    """A module of the pack as the host imports it, e.g. module("tfmq.host.leaf")."""
+    """A module of the pack as the host imports it, e.g. module("tfmq.host.leaf.leaf")."""
     return importlib.import_module(f"{PACK}.{name}")
 
 

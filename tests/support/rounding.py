@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tfmq.kernels.geometry import Geometry, geometry_of
-from tfmq.quantizer import affine_grid
+from tfmq.formats.affine import affine_grid
+from tfmq.geometry import Geometry, geometry_of
 from tfmq.rounding.layer import Layer
 from tfmq.scheme import STATIC, Scheme
 

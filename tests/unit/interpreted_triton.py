@@ -11,16 +11,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tfmq import grouped, norm_chain
-from tfmq.kernels import reference, table, triton_backend, triton_int_mm, triton_launch, triton_ops, triton_probe
-from tfmq.kernels.geometry import Geometry, Norm, StaticInput
+from tfmq.formats import int4
+from tfmq.formats.affine import affine_grid, quantize_affine, quantize_rows
+from tfmq.geometry import Geometry, Norm, StaticInput
+from tfmq.kernels import reference, table
 from tfmq.kernels.trial import trial
-from tfmq.kernels.triton_launch import Prepared, tuner
-from tfmq.kernels.triton_tune import Tile
-from tfmq.leaf import QuantConv2d
-from tfmq.quantizer import affine_grid, quantize_affine, quantize_rows
+from tfmq.kernels.triton import (
+    backend as triton_backend,
+)
+from tfmq.kernels.triton import (
+    int_mm as triton_int_mm,
+)
+from tfmq.kernels.triton import (
+    launch as triton_launch,
+)
+from tfmq.kernels.triton import (
+    ops as triton_ops,
+)
+from tfmq.kernels.triton import (
+    probe as triton_probe,
+)
+from tfmq.kernels.triton.launch import Prepared, tuner
+from tfmq.kernels.triton.tune import Tile
+from tfmq.runtime import norm_silu_conv
+from tfmq.runtime.leaf import QuantConv2d
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 SMALL = Tile(32, 32, 64, 1, 4, 2)
@@ -45,20 +61,20 @@ def grid_of(channels: int | None, zero_point: int = 99, scale: float = 0.031, se
     return StaticInput(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), inverse)
 
 
-def packed_of(geometry: Geometry, wanted: int, seed: int) -> grouped.Packed:
+def packed_of(geometry: Geometry, wanted: int, seed: int) -> int4.Packed:
     """A random packed weight in which every factor, every zero and every code occurs, as far as int8 holds them."""
     g = generator(seed)
     n, c = geometry.shape[:2]
     columns = c * (geometry.shape[2] * geometry.shape[3] if geometry.is_conv else 1)
-    group = grouped.group_for(c, wanted)
+    group = int4.group_for(c, wanted)
     assert group == wanted
     codes = torch.randint(0, 16, (n, columns), generator=g).to(torch.uint8)
     zero = torch.randint(0, 16, (n, columns // group), generator=g)
     factor = torch.randint(1, 16, zero.shape, generator=g)
     factor = torch.minimum(factor, 127 // torch.maximum(zero, 15 - zero))
     scale = torch.rand(n, generator=g) * 0.01 + 0.001
-    grid = grouped.Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)
-    return grouped.Packed(grouped.pack(codes), grid, geometry.shape)
+    grid = int4.Grid(scale, factor.to(torch.uint8), zero.to(torch.uint8), group)
+    return int4.Packed(int4.pack(codes), grid, geometry.shape)
 
 
 def near(y: Tensor, truth: Tensor) -> None:
@@ -123,7 +139,7 @@ def test_packed_codes_are_kept_as_they_are() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_weights_of_4_and_of_8_bits_read_the_same_codes(dynamic: bool) -> None:
-    """As q, k and v do (tfmq/last_input.py) where the bits were chosen for each."""
+    """As q, k and v do (tfmq/runtime/shared_input.py) where the bits were chosen for each."""
     geometry = Geometry((24, 48))
     weights = (
         triton_backend.prepare_packed(packed_of(geometry, 16, 0), geometry),
@@ -345,7 +361,7 @@ def test_a_convolution_with_its_norm(geometry: Geometry, last: bool, dtype: torc
 
 def test_a_leaf_takes_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = next(b for b in table.BACKENDS if b.module is triton_backend)
-    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: backend)
+    monkeypatch.setattr("tfmq.runtime.leaf.pick", lambda *_: backend)
     geometry = Geometry((6, 16, 3, 3), padding=(1, 1))
     codes, scale = layer(geometry, 0)
     act = affine_grid(torch.full((4,), -0.3), torch.arange(1.0, 5.0))
@@ -358,7 +374,7 @@ def test_a_leaf_takes_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         images = []
         normed = triton_launch.group_norm
         monkeypatch.setattr(triton_launch, "group_norm", lambda x, *rest: images.append(x) or normed(x, *rest))
-        found = norm_chain.run(sequence, x)
+        found = norm_silu_conv.run(sequence, x)
     assert images == [x]
     assert float((found - plain).norm() / plain.norm()) < 5e-3
 
@@ -436,7 +452,7 @@ def test_without_custom_operations_a_graph_breaks_and_no_result(which: int, monk
 def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all intervals: the row of the table is read on the device."""
     backend = next(b for b in table.BACKENDS if b.module is triton_backend)
-    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: backend)
+    monkeypatch.setattr("tfmq.runtime.leaf.pick", lambda *_: backend)
     geometry = Geometry((6, 16, 3, 3), padding=(1, 1))
     codes, scale = layer(geometry, 0)
     high = torch.arange(1.0, 5.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tfmq.attention import LEAST_QUERIES, MOST_KEYS, VECTOR, whole_vectors
+from tfmq.runtime.key_padding import LEAST_QUERIES, MOST_KEYS, VECTOR, whole_vectors
 
 pytestmark = pytest.mark.rounding
 

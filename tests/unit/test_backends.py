@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tfmq.kernels import install, kitchen, rates, table, triton_backend, triton_int_mm
-from tfmq.kernels.geometry import Geometry
+from tfmq.geometry import Geometry
+from tfmq.kernels import install, kitchen, rates, table
 from tfmq.kernels.rates import Passes
 from tfmq.kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, costs_of, pick, refusals
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import int_mm as triton_int_mm
 
 GPU = torch.device("cuda")
 NARROW, SQUARE, WIDE = Geometry((320, 320)), Geometry((1280, 1280)), Geometry((10240, 1280))

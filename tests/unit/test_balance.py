@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tfmq.balance import choose_balance
-from tfmq.quantizer import affine_grid, channel_scale, dequantize_weight, quantize_affine, quantize_weight
+from tfmq.formats.affine import affine_grid, channel_scale, dequantize_weight, quantize_affine, quantize_weight
+from tfmq.observe.balance import choose_balance
 
 
 def inputs(channels: int, outliers: dict[int, float], seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfmq.budget import Option, fewest_bytes, hull, least_error, total_error, total_size
+from tfmq.decide.budget import Option, fewest_bytes, hull, least_error, total_error, total_size
 
 layer = st.tuples(st.integers(1, 40), st.floats(0.001, 10), st.floats(0.01, 0.6)).map(
     lambda v: [Option(4, v[0], v[1]), Option(8, 2 * v[0], v[1] * v[2] ** 2), Option(16, 4 * v[0], 0.0)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq.compensate import AT_ONCE, DAMPING, GROUP, compensated
-from tfmq.quantizer import channel_scale, dequantize_weight, quantize_weight
+from tfmq.formats.affine import channel_scale, dequantize_weight, quantize_weight
+from tfmq.solve.gptq8 import AT_ONCE, DAMPING, GROUP, compensated
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def test_more_groups_than_are_solved_at_once(monkeypatch: pytest.MonkeyPatch) ->
     scale = channel_scale(weight)
     whole = compensated(weight, scale, x)
     assert AT_ONCE > 12
-    monkeypatch.setattr("tfmq.compensate.AT_ONCE", 5)
+    monkeypatch.setattr("tfmq.solve.gptq8.AT_ONCE", 5)
     assert torch.equal(whole, compensated(weight, scale, x))
 
 

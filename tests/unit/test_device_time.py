@@ -2,9 +2,10 @@
 
 import pytest
 
-from tfmq.kernels import device_time, triton_tune
+from tfmq.kernels import device_time
 from tfmq.kernels.device_time import Stopwatch
-from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Machine, Shape, Tile, Tuner
 
 
 class Mark:

@@ -57,7 +57,7 @@ def test_links_and_paths_lead_somewhere(document: str):
 
 
 def test_a_dead_link_and_a_dead_path_are_found():
-    content = "[a](no/such.md) [b](https://example.org) [c](README.md#x) `tfmq/no_such.py` `tfmq/leaf.py`"
+    content = "[a](no/such.md) [b](https://example.org) [c](README.md#x) `tfmq/no_such.py` `tfmq/runtime/leaf.py`"
     assert missing_links("README.md", content) == ["no/such.md"]
     assert missing_paths(content) == ["tfmq/no_such.py"]
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from tfmq.calibration import Calibration
-from tfmq.decide import decide
-from tfmq.edit import edited
+from tfmq.decide.edit import edited
+from tfmq.decide.plan import decide
 from tfmq.errors import TfmqError
-from tfmq.observe import LayerStatistics
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.model import LayerStatistics
 from tfmq.scheme import PRESETS, STATIC, Plan, Scheme
 from tfmq.timeline import Partition, TimeAxis
 

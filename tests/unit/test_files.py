@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tfmq import files
-from tfmq.calibration import Calibration
 from tfmq.errors import TfmqError
 from tfmq.files import (
     CALIBRATION,
@@ -27,7 +26,8 @@ from tfmq.files import (
     write,
     write_calibration,
 )
-from tfmq.observe import LayerStatistics
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.model import LayerStatistics
 from tfmq.timeline import Partition, TimeAxis
 
 per_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

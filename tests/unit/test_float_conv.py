@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels import float_conv
-from tfmq.kernels.geometry import Geometry, StaticInput
 
 pytestmark = pytest.mark.rounding
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tfmq.formats.affine import affine_grid
+from tfmq.formats.hadamard import rotate
+from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels import float_product, table
-from tfmq.kernels.geometry import Geometry, StaticInput
-from tfmq.leaf import QuantLinear
-from tfmq.quantizer import affine_grid
-from tfmq.rotation import rotate
+from tfmq.runtime.leaf import QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -78,7 +78,7 @@ def test_the_codes_lie_in_memory_once() -> None:
 def test_a_rotated_leaf_multiplies_in_its_own_type(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 the product would take longer than the float16 layer."""
     backend = next(b for b in table.BACKENDS if b.module is float_product)
-    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: backend)
+    monkeypatch.setattr("tfmq.runtime.leaf.pick", lambda *_: backend)
     seen: list[torch.dtype] = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x.dtype) or linear(x, *rest))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tfmq.geometry import Geometry, StaticInput, geglu
 from tfmq.kernels import onednn, reference
-from tfmq.kernels.geometry import Geometry, StaticInput, geglu
 from tfmq.kernels.table import BACKENDS, LINEAR_STATIC, MULTIPLY_GATED, Backend
 
 pytestmark = pytest.mark.rounding

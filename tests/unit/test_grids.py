@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tfmq.leaf
-from tfmq.grids import SMALLEST
-from tfmq.kernels.geometry import Geometry
+import tfmq.runtime.leaf
+from tfmq.formats.affine import affine_grid
+from tfmq.geometry import Geometry
 from tfmq.kernels.table import BACKENDS
-from tfmq.leaf import QuantConv2d, QuantLinear
-from tfmq.quantizer import affine_grid
+from tfmq.runtime.grids import SMALLEST
+from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
@@ -87,7 +87,7 @@ def test_the_rows_are_those_of_the_tables(inference: bool) -> None:
 
 
 def test_no_leaf_reads_its_table_at_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: BACKENDS[-1])
+    monkeypatch.setattr(tfmq.runtime.leaf, "pick", lambda *_: BACKENDS[-1])
 
     def counts(leaves: int) -> tuple[Counter[str], Counter[str]]:
         on = clock()
@@ -169,7 +169,7 @@ def test_nothing_is_laid_down_while_a_graph_is_captured(monkeypatch: pytest.Monk
     known, new = leaf_of(on, 0), leaf_of(on, 1)
     address = now(known)[0].data_ptr()
     with monkeypatch.context() as capture:
-        capture.setattr(tfmq.leaf, "capturing", lambda: True)
+        capture.setattr(tfmq.runtime.leaf, "capturing", lambda: True)
         right(new, 3)
         assert not new._rows
         assert now(known)[0].data_ptr() == address

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfmq.grouped import (
+from tfmq.formats.int4 import (
     Grid,
     Packed,
     from_columns,

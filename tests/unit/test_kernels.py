@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from support.backends import DEVICES, able
+from tfmq.formats.affine import dequantize_weight
+from tfmq.geometry import Geometry, StaticInput, geometry_of
 from tfmq.kernels import int8_product, int_mm, onednn, reference
-from tfmq.kernels.geometry import Geometry, StaticInput, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick, refusals
-from tfmq.quantizer import dequantize_weight
 
 pytestmark = pytest.mark.rounding
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -441,7 +441,7 @@ def test_the_int8_product_is_exact_either_way(exact: bool, m: int, n: int, k: in
 PLAYED = """
 import torch
 from tfmq.kernels import onednn, table
-from tfmq.kernels.geometry import Geometry
+from tfmq.geometry import Geometry
 
 geometry, cpu = Geometry((32, 64)), torch.device("cpu")
 print(table.pick(table.LINEAR_STATIC, cpu, geometry).name, onednn.missing(), onednn.fast_bfloat16())

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from devkit.paths import ROOT
+from tfmq.formats.affine import affine_grid
+from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels import int_mm, kitchen, reference, trial
-from tfmq.kernels.geometry import Geometry, StaticInput
-from tfmq.quantizer import affine_grid
 
 pytest.importorskip("comfy_kitchen.registry")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

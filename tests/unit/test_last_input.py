@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import tfmq.leaf
+import tfmq.runtime.leaf
 from support.backends import able
+from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+from tfmq.geometry import Codes, Geometry
 from tfmq.kernels import reference
-from tfmq.kernels.geometry import Codes, Geometry
 from tfmq.kernels.table import BACKENDS, LINEAR_DYNAMIC, LINEAR_STATIC, Backend
-from tfmq.last_input import LastInput, Reading
-from tfmq.leaf import QuantConv2d, QuantLinear
-from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
+from tfmq.runtime.leaf import QuantConv2d, QuantLinear
+from tfmq.runtime.shared_input import LastInput, Reading
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
@@ -104,7 +104,7 @@ class Counted:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> Counted:
-    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: backend)
+    monkeypatch.setattr(tfmq.runtime.leaf, "pick", lambda *_: backend)
     return Counted(monkeypatch, backend.module)
 
 
@@ -268,7 +268,7 @@ def test_other_backends_and_other_models(monkeypatch: pytest.MonkeyPatch, counte
     expected = alone(leaves)[1](x)
     leaves[0](x)
     counted.since()
-    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: int_mm)
+    monkeypatch.setattr(tfmq.runtime.leaf, "pick", lambda *_: int_mm)
     leaves[1]._prepared = None
     torch.testing.assert_close(leaves[1](x), expected)
     assert counted.since() == (0, 0)  # int_mm's are not counted

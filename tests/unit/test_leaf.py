@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tfmq.leaf
+import tfmq.runtime.leaf
 from support.backends import each
+from tfmq.formats.affine import affine_grid, channel_scale, per_channel, quantize_weight
+from tfmq.geometry import Geometry, geglu, geometry_of
 from tfmq.kernels import reference
-from tfmq.kernels.geometry import Geometry, geglu, geometry_of
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
-from tfmq.leaf import QuantConv2d, QuantLinear
-from tfmq.packed_codes import PackedCodes
-from tfmq.quantizer import affine_grid, channel_scale, per_channel, quantize_weight
+from tfmq.runtime.leaf import QuantConv2d, QuantLinear
+from tfmq.runtime.packed_codes import PackedCodes
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
@@ -62,7 +62,7 @@ def make(operation: str, *, balanced: bool = True, intervals: int = 4) -> Made:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: backend)
+    monkeypatch.setattr(tfmq.runtime.leaf, "pick", lambda *_: backend)
 
 
 def plain(made: Made, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfmq import grouped, norm_chain
+from tfmq.formats import int4
+from tfmq.formats.affine import affine_grid
+from tfmq.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels import int_mm, onednn, reference
-from tfmq.kernels.geometry import Geometry, Norm, StaticInput
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, CONV2D_STATIC_NORMED, pick
-from tfmq.leaf import QuantConv2d
-from tfmq.quantizer import affine_grid
+from tfmq.runtime import norm_silu_conv
+from tfmq.runtime.leaf import QuantConv2d
 from tfmq.scheme import NONE, STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
@@ -132,7 +133,7 @@ def leaf_of(scheme: Scheme, branches: int = 1, channels: int = 16) -> QuantConv2
     if branches > 1:
         table = tuple(torch.stack([part, other]) for part, other in zip(table, affine_grid(-high, high), strict=True))
     if scheme.weight_bits == 4:
-        weight = grouped.pack(torch.randint(0, 16, (6, channels * 9), generator=g).to(torch.uint8))
+        weight = int4.pack(torch.randint(0, 16, (6, channels * 9), generator=g).to(torch.uint8))
         factor = torch.randint(1, 8, (6, channels * 9 // 16), generator=g).to(torch.uint8)
         four: dict = {"factor": factor, "zero": torch.full_like(factor, 8)}
     else:
@@ -191,7 +192,7 @@ def test_it_is_taken(calls: list, last: bool) -> None:
         with torch.inference_mode():
             plain = sequence(x)
             assert not calls
-            close(norm_chain.run(sequence, x), plain)
+            close(norm_silu_conv.run(sequence, x), plain)
         assert len(calls) == times
 
 
@@ -200,7 +201,7 @@ def test_two_in_one() -> None:
     both = nn.Sequential(*chain(leaf_of(EIGHT)), nn.Conv2d(6, 16, 1), *chain(leaf_of(EIGHT))).eval()
     x = image((2, 16, 5, 6), torch.float32, True)
     with torch.inference_mode():
-        close(norm_chain.run(both, x), both(x))
+        close(norm_silu_conv.run(both, x), both(x))
 
 
 def test_everything_else_stays_as_it_is(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def test_everything_else_stays_as_it_is(calls: list, monkeypatch: pytest.MonkeyP
     def same(sequence: nn.Sequential, dtype: torch.dtype = torch.float32) -> None:
         with torch.inference_mode():
             plain = sequence(x.to(dtype))
-            assert torch.equal(norm_chain.run(sequence, x.to(dtype)), plain)
+            assert torch.equal(norm_silu_conv.run(sequence, x.to(dtype)), plain)
         assert not calls
 
     same(chain(nn.Conv2d(16, 6, 3)))
@@ -236,7 +237,7 @@ def test_everything_else_stays_as_it_is(calls: list, monkeypatch: pytest.MonkeyP
         own = sequence[which].forward
         sequence[which].forward = lambda x, own=own: own(x) * 1.5
         same(sequence)
-    monkeypatch.setattr("tfmq.leaf.pick", lambda *_: next(b for b in BACKENDS if b.module is int_mm))
+    monkeypatch.setattr("tfmq.runtime.leaf.pick", lambda *_: next(b for b in BACKENDS if b.module is int_mm))
     same(chain(leaf_of(EIGHT)))
 
 
@@ -244,16 +245,16 @@ def test_a_dropout_that_drops_is_not_left_out() -> None:
     sequence = chain(leaf_of(EIGHT), nn.Dropout(1.0)).train()
     x = image((2, 16, 5, 6), torch.float32, False)
     with torch.inference_mode():
-        assert torch.equal(norm_chain.run(sequence, x), sequence(x))
+        assert torch.equal(norm_silu_conv.run(sequence, x), sequence(x))
         assert not torch.equal(sequence(x), sequence.eval()(x))
 
 
 @needs_onednn
 def test_empty_images_and_gradients(calls: list) -> None:
     sequence = chain(leaf_of(EIGHT))
-    assert norm_chain.run(sequence, torch.empty(0, 16, 5, 6)).shape == (0, 6, 5, 6)
+    assert norm_silu_conv.run(sequence, torch.empty(0, 16, 5, 6)).shape == (0, 6, 5, 6)
     x = image((2, 16, 5, 6), torch.float32, True)
-    close(norm_chain.run(sequence, x).detach(), sequence(x).detach())  # the norm's weight has gradients here
+    close(norm_silu_conv.run(sequence, x).detach(), sequence(x).detach())  # the norm's weight has gradients here
     assert len(calls) == 1
 
 
@@ -263,7 +264,7 @@ def test_a_compiler_sees_the_plain_layers(calls: list) -> None:
     x = image((2, 16, 5, 6), torch.float32, False)
     with torch.inference_mode():
         plain = sequence(x)  # prepares the weight
-        compiled = torch.compile(lambda x: norm_chain.run(sequence, x), backend="eager")
+        compiled = torch.compile(lambda x: norm_silu_conv.run(sequence, x), backend="eager")
         close(compiled(x), plain)
     assert not calls
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq import observe
-from tfmq.balance import choose_balance
-from tfmq.decide import static_grid
+from tfmq.decide.plan import static_grid
 from tfmq.errors import TfmqError
-from tfmq.observe import BINS, KEPT, LayerObserver, LayerStatistics, ModelObserver
+from tfmq.observe import model
+from tfmq.observe.balance import choose_balance
+from tfmq.observe.model import BINS, KEPT, LayerObserver, LayerStatistics, ModelObserver
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 INTERVALS = 4
@@ -216,7 +216,7 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
 
 
 def test_the_sample_moves_and_the_ranges_see_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "SAMPLE", 60)
+    monkeypatch.setattr(model, "SAMPLE", 60)
     layer = nn.Linear(6, 4)
     observer = LayerObserver(layer, 1)
     x = torch.arange(100.0).unsqueeze(1).repeat(1, 6)

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
+from tfmq.geometry import Geometry
 from tfmq.kernels import onednn
-from tfmq.kernels.geometry import Geometry
-from tfmq.packed_codes import PackedCodes, plain
+from tfmq.runtime.packed_codes import PackedCodes, plain
 
 GEOMETRIES = {
     "linear": Geometry((48, 80)),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfmq.packing import SHIFT, pack, signed_zero_point, unpack
+from tfmq.temporal.packing import SHIFT, pack, signed_zero_point, unpack
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from tfmq.quantizer import (
+from tfmq.formats.affine import (
     RANGE_NORM,
     affine_grid,
     channel_scale,

@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import tfmq.leaf
-from tfmq.calibration import Calibration
-from tfmq.decide import scheme_of, static_grid
+import tfmq.runtime.leaf
+from tfmq.decide.plan import scheme_of, static_grid
 from tfmq.files import CALIBRATION, read_calibration, read_manifest, read_tensors, write, write_calibration
-from tfmq.grouped import nearest, search_grid, values
-from tfmq.kernels.geometry import Geometry
-from tfmq.kernels.table import BACKENDS
-from tfmq.leaf import QuantLinear
-from tfmq.observe import LayerObserver, LayerStatistics
-from tfmq.quantizer import channel_scale, dequantize_weight, quantize_rows, quantize_weight
-from tfmq.rotation import (
+from tfmq.formats.affine import channel_scale, dequantize_weight, quantize_rows, quantize_weight
+from tfmq.formats.hadamard import (
     choose_rotation,
     find_permutations,
     group_of,
@@ -29,8 +23,14 @@ from tfmq.rotation import (
     weight_errors,
     zigzag,
 )
+from tfmq.formats.int4 import nearest, search_grid, values
+from tfmq.geometry import Geometry
+from tfmq.kernels.table import BACKENDS
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.model import LayerObserver, LayerStatistics
+from tfmq.runtime.leaf import QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Recipe, Scheme
-from tfmq.solve import solve_layer
+from tfmq.solve.layer import solve_layer
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
@@ -282,12 +282,12 @@ def test_a_rotated_leaf_on_tensor_cores(
     scheme = Scheme(8, activation_bits, activation, balanced, rotation=32, permuted=permuted)
     leaf = QuantLinear(solve_layer(scheme, found, layer.weight, "minmax"), Geometry((24, 96)), CLOCK, layer.bias)
     x = x.to(dtype)
-    monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: False)
+    monkeypatch.setattr(tfmq.runtime.leaf, "suits_tensor_cores", lambda x: False)
     with torch.no_grad():
         exact = layer(x.float())
         before = leaf(x)
         seen = []
-        monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: seen.append(x.dtype) or True)
+        monkeypatch.setattr(tfmq.runtime.leaf, "suits_tensor_cores", lambda x: seen.append(x.dtype) or True)
         y = leaf(x)
     assert seen == [dtype] and y.dtype == dtype and not torch.equal(y, before)
     ratio = (y.float() - exact).norm() / (before.float() - exact).norm()
@@ -296,12 +296,12 @@ def test_a_rotated_leaf_on_tensor_cores(
 
 
 def test_on_tensor_cores_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tfmq.leaf, "suits_tensor_cores", lambda x: x.dtype == torch.float16)
+    monkeypatch.setattr(tfmq.runtime.leaf, "suits_tensor_cores", lambda x: x.dtype == torch.float16)
     layer, found, x = observed(10.0, channels=96)
     found = dataclasses.replace(found, balance=torch.rand(96) + 0.5, permutations=permutations(96, 32))
     scheme = Scheme(8, 8, STATIC, True, rotation=32, permuted=True)
     leaf = QuantLinear(solve_layer(scheme, found, layer.weight, "minmax"), Geometry((24, 96)), CLOCK, layer.bias)
-    monkeypatch.setattr(tfmq.leaf, "pick", lambda *_: BACKENDS[-1])
+    monkeypatch.setattr(tfmq.runtime.leaf, "pick", lambda *_: BACKENDS[-1])
     x = x.half()
     with torch.inference_mode():
         expected = leaf(x)

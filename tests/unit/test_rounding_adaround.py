@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq import grouped
-from tfmq.kernels.geometry import Geometry
+from tfmq.formats import int4
+from tfmq.geometry import Geometry
 from tfmq.rounding.adaround import Draw, Group, Settings, Starting, _Soft, adaround, loss, measure
 from tfmq.rounding.layer import Layer, Rows
 from tfmq.scheme import DYNAMIC, NONE, Scheme
@@ -23,9 +23,9 @@ def rows_of(count: int) -> Rows:
 def layer_and_weight(activation: str = DYNAMIC) -> tuple[Layer, Tensor, Starting]:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     layer = Layer(Scheme(4, 8, activation, group=16), Geometry((16, 32)))
-    layer.grid = grouped.search_grid(weight, 16)
-    layer.codes = grouped.nearest(weight, layer.grid)
-    return layer, weight, Starting(grouped.place(weight, layer.grid).clamp_(0, 15), layer.codes)
+    layer.grid = int4.search_grid(weight, 16)
+    layer.codes = int4.nearest(weight, layer.grid)
+    return layer, weight, Starting(int4.place(weight, layer.grid).clamp_(0, 15), layer.codes)
 
 
 def test_lower_than_nearest() -> None:
@@ -53,7 +53,7 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     alpha = soft.alpha.detach().clone().requires_grad_()
     h = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
     zero = layer.grid.zero.float().repeat_interleave(16, 1)
-    formula = grouped.step(layer.grid) * (soft.floor + h - zero)
+    formula = int4.step(layer.grid) * (soft.floor + h - zero)
     target = torch.randn(16, 32, generator=torch.Generator().manual_seed(4))
     ((formula - target).square().sum() + 0.3 * (1 - (2 * h - 1).abs().pow(5.0)).sum()).backward()
 

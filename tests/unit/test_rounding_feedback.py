@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tfmq import grouped
-from tfmq.rounding.feedback import DAMPINGS, Gram, block_width, feedback, input_columns
+from tfmq.formats import int4
+from tfmq.rounding.gptq4 import DAMPINGS, Gram, block_width, feedback, input_columns
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -25,10 +25,10 @@ def test_beats_nearest_on_the_output() -> None:
     x = correlated(400, 64)
     w = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
     gram = gram_of(x)
-    grid = grouped.search_grid(w, 32, gram.mean_square)
+    grid = int4.search_grid(w, 32, gram.mean_square)
     codes, place = feedback(w, grid, gram)
-    nearest = grouped.values(grouped.nearest(w, grid), grid)
-    found = grouped.values(codes, grid)
+    nearest = int4.values(int4.nearest(w, grid), grid)
+    found = int4.values(codes, grid)
     error, plain = ((x @ (q - w).t()).square().sum() for q in (found, nearest))
     assert error < 0.3 * plain
     assert torch.equal(place.round(), codes.float())
@@ -41,8 +41,8 @@ def test_equals_the_recursion_written_out() -> None:
     x = correlated(200, 32, seed=3)
     w = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
     gram = gram_of(x)
-    grid = grouped.search_grid(w, 16)
-    size = grouped.step(grid).double()
+    grid = int4.search_grid(w, 16)
+    size = int4.step(grid).double()
     zero = grid.zero.double().repeat_interleave(16, 1)
     h = (gram.blocks[0] / gram.blocks[0].diagonal().mean()).double() + DAMPINGS[0] * torch.eye(32).double()
     inverse, moved, wanted = torch.linalg.inv(h), w.double().clone(), torch.zeros(3, 32)
@@ -64,16 +64,16 @@ def test_wide_weights_in_blocks() -> None:
     w = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
     gram = gram_of(x, limit=40)
     assert gram.blocks.shape == (3, 32, 32)
-    grid = grouped.search_grid(w, 32)
+    grid = int4.search_grid(w, 32)
     codes, _ = feedback(w, grid, gram)
-    alone, _ = feedback(w[:, 32:64], grouped.Grid(grid.scale, grid.factor[:, 1:2], grid.zero[:, 1:2], 32),
+    alone, _ = feedback(w[:, 32:64], int4.Grid(grid.scale, grid.factor[:, 1:2], grid.zero[:, 1:2], 32),
                         gram_of(x[:, 32:64]))  # fmt: skip
     assert torch.equal(codes[:, 32:64], alone)
 
 
 def test_dead_inputs_and_a_single_sample_are_no_trouble() -> None:
     w = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-    grid = grouped.search_grid(w, 32)
+    grid = int4.search_grid(w, 32)
     for x in (torch.zeros(3, 32), torch.randn(1, 32, generator=torch.Generator().manual_seed(2))):
         codes, place = feedback(w, grid, gram_of(x))
         assert codes.max() <= 15 and bool(torch.isfinite(place).all())
@@ -85,5 +85,5 @@ def test_columns_of_a_convolution_are_in_the_order_of_the_weight() -> None:
     w = torch.randn(8, 6, 3, 2, generator=generator)
     columns = input_columns(x, ((3, 2), (2, 1), (1, 0), (1, 2)))
     y = torch.nn.functional.conv2d(x, w, stride=(2, 1), padding=(1, 0), dilation=(1, 2))
-    ours = (columns @ grouped.to_columns(w).t()).view(2, y.shape[2], y.shape[3], 8).permute(0, 3, 1, 2)
+    ours = (columns @ int4.to_columns(w).t()).view(2, y.shape[2], y.shape[3], 8).permute(0, 3, 1, 2)
     assert torch.allclose(ours, y, atol=1e-4)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tfmq.rounding.plain import plain_parameters
+from tfmq.rounding.forwards import plain_parameters
 
 CPU = torch.device("cpu")
 

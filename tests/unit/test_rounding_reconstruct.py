@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from support.rounding import four_bit_layers
-from tfmq import grouped
 from tfmq.errors import TfmqError
-from tfmq.kernels.geometry import Geometry
+from tfmq.formats import int4
+from tfmq.geometry import Geometry
 from tfmq.rounding.adaround import Settings
 from tfmq.rounding.layer import Layer, Rows
 from tfmq.rounding.reconstruct import Result, Source, reconstruct
@@ -99,7 +99,7 @@ class Case:
         before = {path: self.network.get_parameter(f"{path}.weight").clone() for path in PLAN}
         for path, rounded in result.layers.items():
             weight = self.network.get_parameter(f"{path}.weight")
-            weight.copy_(grouped.from_columns(grouped.values(rounded.codes, rounded.grid), tuple(weight.shape)))
+            weight.copy_(int4.from_columns(int4.values(rounded.codes, rounded.grid), tuple(weight.shape)))
         found = self.run(list(range(ROWS)))
         for path, weight in before.items():
             self.network.get_parameter(f"{path}.weight").copy_(weight)
@@ -220,6 +220,6 @@ def test_a_layer_that_never_runs_is_rounded_to_nearest(case: Case) -> None:
     case.layers = lambda: layers  # type: ignore[method-assign]
     result = case.solve("fast")
     weight = case.network.spare.weight
-    assert torch.equal(result.layers["spare"].codes, grouped.nearest(weight, result.layers["spare"].grid))
+    assert torch.equal(result.layers["spare"].codes, int4.nearest(weight, result.layers["spare"].grid))
     assert "did not run" in result.layers["spare"].note
     assert case.network.blocks[1].down.__dict__["forward"] is kept

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tfmq.rowwise import LEAST_ROWS, in_blocks
+from tfmq.runtime.row_blocks import LEAST_ROWS, in_blocks
 
 WIDE = 1 << 20  # entries per row, so that blocks are as short as they may be
 

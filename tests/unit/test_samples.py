@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tfmq import files
-from tfmq.calibration import Calibration
-from tfmq.samples import Collector, Samples
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.samples import Collector, Samples
 from tfmq.timeline import Partition, TimeAxis
 
 

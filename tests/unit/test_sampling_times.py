@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tfmq.temporal.sampling_times import interval_weights, ndtc, nearest_steps, trajectory, uniform_log_snr
+from tfmq.observe.sampling_times import interval_weights, ndtc, nearest_steps, trajectory, uniform_log_snr
 
 
 def test_trajectory_takes_the_runs_own_steps():

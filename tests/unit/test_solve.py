@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq.decide import static_grid
-from tfmq.grouped import Grid, values
-from tfmq.observe import LayerStatistics
-from tfmq.quantizer import dequantize_weight, per_channel
-from tfmq.rotation import unrotate
+from tfmq.decide.plan import static_grid
+from tfmq.formats.affine import dequantize_weight, per_channel
+from tfmq.formats.hadamard import unrotate
+from tfmq.formats.int4 import Grid, values
+from tfmq.observe.model import LayerStatistics
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import Rounded, size_of, solve_layer
+from tfmq.solve.layer import Rounded, size_of, solve_layer
 
 SHAPES = [(5, 7), (6, 4, 3, 3), (3, 1, 1, 1)]
 

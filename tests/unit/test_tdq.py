@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tfmq.calibration import Calibration
-from tfmq.decide import static_grid
-from tfmq.observe import BINS, LayerStatistics
-from tfmq.quantizer import quantize_affine, quantize_rows
+from tfmq.decide import tdq
+from tfmq.decide.plan import static_grid
+from tfmq.formats.affine import quantize_affine, quantize_rows
+from tfmq.observe.calibration import Calibration
+from tfmq.observe.model import BINS, LayerStatistics
 from tfmq.scheme import DYNAMIC, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
-from tfmq.temporal import tdq
 from tfmq.timeline import Partition, TimeAxis
 
 INTERVALS = 12
@@ -105,9 +105,9 @@ def test_six_bits_are_six_bits(layers):
     assert int(zero.max()) <= 63
     codes, _, _ = quantize_rows(torch.randn(10, 40), bits=6)
     assert int(codes.min()) == -32 and int(codes.max()) == 31
-    from tfmq.kernels.geometry import Geometry
-    from tfmq.leaf import QuantLinear
-    from tfmq.solve import solve_layer
+    from tfmq.geometry import Geometry
+    from tfmq.runtime.leaf import QuantLinear
+    from tfmq.solve.layer import solve_layer
     from tfmq.timeline import Clock
 
     weight = torch.eye(4)

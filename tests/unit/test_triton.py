@@ -18,9 +18,10 @@ from bench import compile_kernels
 from bench.compile_kernels import Case
 from bench.interpreter import mend
 from devkit.paths import ROOT
-from tfmq.kernels import triton_backend, triton_tune
-from tfmq.kernels.geometry import Geometry
-from tfmq.kernels.triton_tune import Machine, Shape, Tile, Tuner
+from tfmq.geometry import Geometry
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Machine, Shape, Tile, Tuner
 
 UNIT = Path(__file__).parent
 CAPABILITIES = [c for c in compile_kernels.SHARED_MEMORY if c not in compile_kernels.AROUND]
@@ -86,8 +87,8 @@ def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Non
     """Triton's own functions are made for kernels: on the host they took a tenth of a layer's time."""
     import triton
 
-    from tfmq.kernels import triton_launch
-    from tfmq.kernels.geometry import StaticInput
+    from tfmq.geometry import StaticInput
+    from tfmq.kernels.triton import launch as triton_launch
 
     for n in (*range(1, 70), 127, 128, 129, 1 << 20, (1 << 20) + 1):
         assert triton_launch.power_of_2(n) == triton.next_power_of_2(n)
@@ -121,7 +122,9 @@ def names_of_kernels() -> set[str]:
     """All that a launch could start."""
     import triton
 
-    from tfmq.kernels import triton_norm, triton_product, triton_quantize
+    from tfmq.kernels.triton import norm as triton_norm
+    from tfmq.kernels.triton import product as triton_product
+    from tfmq.kernels.triton import quantize as triton_quantize
 
     modules = triton_norm, triton_product, triton_quantize
     return {
@@ -206,7 +209,7 @@ def build(kernel, capability: int, options: dict[str, int], **constants):
 
 
 def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False, residual: bool = False):
-    from tfmq.kernels.triton_product import product_kernel
+    from tfmq.kernels.triton.product import product_kernel
 
     size = 3 if conv else 1
     absent = ["act_scale", "act_zero"] if dynamic else ["row_scale", "row_offset"]
@@ -235,7 +238,7 @@ def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) ->
         written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
         assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
     assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
-    from tfmq.kernels.triton_product import finish_kernel
+    from tfmq.kernels.triton.product import finish_kernel
 
     flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "SPLIT": 2, "BM": 32, "BN": 64}
     absent = dict.fromkeys(["row_scale", "row_offset", "residual"])
@@ -290,8 +293,9 @@ def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
     cache: None, monkeypatch: pytest.MonkeyPatch, balanced: bool
 ) -> None:
     """By the strides that the launch really has: of a Linear, and of an image in channels_last order."""
-    from tfmq.kernels import triton_launch, triton_quantize
-    from tfmq.kernels.geometry import StaticInput
+    from tfmq.geometry import StaticInput
+    from tfmq.kernels.triton import launch as triton_launch
+    from tfmq.kernels.triton import quantize as triton_quantize
 
     recorded, kernel = Recorded(), triton_quantize.quantize_kernel
     monkeypatch.setattr(triton_launch, "quantize_kernel", recorded)
@@ -358,7 +362,7 @@ def test_the_pack_runs_without_triton() -> None:
         "torch.cuda.get_device_name = lambda *_: 'a GPU'\n"
         "print(triton_backend.missing(torch.device('cuda')))\n"
         "print(table.pick(table.LINEAR_STATIC, torch.device('cuda'), table.Geometry((4, 4))).name)\n"
-        "print('tfmq.kernels.triton_launch' in sys.modules)\n"
+        "print('tfmq.kernels.triton.launch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["Triton is not installed", "float_product", "False"], done.stderr
@@ -459,7 +463,7 @@ def test_each_version_of_triton_has_its_own_times(tmp_path: Path) -> None:
 def test_the_file_knows_what_compiled() -> None:
     import triton
 
-    from tfmq.kernels.triton_launch import tuner
+    from tfmq.kernels.triton.launch import tuner
 
     assert triton.__version__ in tuner._key(LAYER, GPU) and torch.__version__ in tuner._key(LAYER, GPU)
 

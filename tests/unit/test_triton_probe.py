@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfmq.kernels import table, triton_backend, triton_probe
-from tfmq.kernels.geometry import Geometry
+from tfmq.geometry import Geometry
+from tfmq.kernels import table
 from tfmq.kernels.table import LINEAR_STATIC
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import probe as triton_probe
 
 from .test_triton import needs_triton
 

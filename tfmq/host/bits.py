@@ -1,5 +1,5 @@
 """Recipes that choose the bits of each layer: what each layer alone does to the prediction is measured, then a budget
-is spent on it (`tfmq.budget`)."""
+is spent on it (`tfmq.decide.budget`)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from ..budget import Option, fewest_bytes, least_error
-from ..calibration import Calibration
-from ..costs import Costs
-from ..decide import decide, scheme_of
+from ..decide.budget import Option, fewest_bytes, least_error
+from ..decide.plan import decide, scheme_of
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
-from ..grouped import GROUPS
-from ..kernels.geometry import Geometry
-from ..samples import Samples
+from ..formats.int4 import GROUPS
+from ..geometry import Geometry
+from ..kernels.costs import Costs
+from ..observe.calibration import Calibration
+from ..observe.samples import Samples
 from ..scheme import Plan, Recipe, Scheme
-from ..solve import size_of, solve_layer
+from ..solve.layer import size_of, solve_layer
 from ..timeline import Clock
 from .calibrate import FOLDER
-from .clock import ClockWrapper
-from .leaf import make_leaf
+from .call import ClockWrapper
+from .leaf.leaf import make_leaf
 from .model import PREFIX, candidates, float_weight, release
-from .reconstruct import Replay
+from .rounding import Replay
 
 FLOAT = 16
 INTERVALS, ROWS = 6, 2  # of the samples: so many intervals, so many rows of each

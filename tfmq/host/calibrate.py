@@ -19,17 +19,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..calibration import Calibration
 from ..errors import TfmqError
 from ..files import VERSION, read_calibration, write_calibration
-from ..observe import ModelObserver
-from ..samples import Collector
-from ..temporal.sampling_times import TRAJECTORY
+from ..observe.calibration import Calibration
+from ..observe.model import ModelObserver
+from ..observe.samples import Collector
+from ..observe.sampling_times import TRAJECTORY
 from ..timeline import Clock, Partition
 from ..words import counted
-from .clock import branches, sample_sigmas, timesteps
+from .call import branches, sample_sigmas, timesteps
 from .digest import update_digest
-from .look import StepChoice
 from .model import (
     candidates,
     fingerprint,
@@ -39,6 +38,7 @@ from .model import (
     sampling_values,
     time_axis,
 )
+from .step_choice import StepChoice
 
 FOLDER = "tfmq_calibrations"
 MAX_FIRST_STAGE = 8

@@ -19,8 +19,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..kernels.table import pick
-from ..kernels.triton_tune import TRIED, Shape, watched
-from ..leaf import LeafCore
+from ..kernels.triton.tune import TRIED, Shape, watched
+from ..runtime.leaf import LeafCore
 from ..scheme import NONE, Plan
 from .model import PREFIX
 

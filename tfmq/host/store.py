@@ -27,17 +27,18 @@ from torch import Tensor, nn
 
 from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
-from ..kernels.geometry import Geometry, geometry_of
-from ..packed_codes import plain
+from ..geometry import Geometry, geometry_of
+from ..runtime.packed_codes import plain
 from ..scheme import INT, Plan
-from ..solve import LayerState
+from ..solve.layer import LayerState
 from ..timeline import Clock, Partition, TimeAxis
-from . import nf4, temporal_table
-from .layout import codes_of
-from .leaf import make_leaf
+from .leaf import nf4
+from .leaf.layout import codes_of
+from .leaf.leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
-from .swap import Quantized, attach, backends_of, require_quantized
-from .temporal_leaf import TemporalLinear, finite_set_clock, from_file, to_file
+from .quantize import Quantized, attach, backends_of, require_quantized
+from .temporal import table as temporal_table
+from .temporal.leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
 FOLDER = "diffusion_models"
 PARTS = (

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..geometry import Geometry, StaticInput
 from .float_product import decode
-from .geometry import Geometry, StaticInput
 
 
 class Prepared(NamedTuple):

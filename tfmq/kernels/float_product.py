@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quantizer import per_channel
-from .geometry import Codes, Geometry, StaticInput
+from ..formats.affine import per_channel
+from ..geometry import Codes, Geometry, StaticInput
 
 IN_FLOAT = True  # an input that is rotated first may stay in its own float type
 

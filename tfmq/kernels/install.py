@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from . import kitchen, triton_backend
+from . import kitchen
 from .rates import no_int8
+from .triton import backend as triton_backend
 
 SLOWER = {"kitchen", "int_mm", "float_conv", "float_product", "reference"}  # on a GPU, than with Triton
 

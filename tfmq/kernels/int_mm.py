@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quantizer import per_channel, quantize_affine, quantize_rows
+from ..formats.affine import per_channel, quantize_affine, quantize_rows
+from ..geometry import Codes, Geometry, StaticInput, code_sums
 from . import reference
-from .geometry import Codes, Geometry, StaticInput, code_sums
 from .int8_product import MIN_ROWS, MULTIPLE, int8_product
 from .rates import Passes
 

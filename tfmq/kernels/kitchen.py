@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..geometry import Codes, Geometry, StaticInput
 from . import int_mm, reference
-from .geometry import Codes, Geometry, StaticInput
 from .rates import Passes, no_int8
 from .reference import Prepared
 from .trial import trial

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
+from ..geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 1024  # of a block that is multiplied at once: with fewer, starting the threads takes the time

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .geometry import Geometry
+from ..geometry import Geometry
 
 
 class Rates(NamedTuple):

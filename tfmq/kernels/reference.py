@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quantizer import per_channel, quantize_affine, quantize_rows
-from .geometry import Codes, Geometry, StaticInput, code_sums, geglu
+from ..formats.affine import per_channel, quantize_affine, quantize_rows
+from ..geometry import Codes, Geometry, StaticInput, code_sums, geglu
 
 # A float32 holds every integer up to 2^24: 255 * 127 * 512 still fits, so chunks of 512 products add up exactly.
 EXACT_CHUNK = 512

@@ -10,20 +10,13 @@ from types import ModuleType
 
 import torch
 
-from ..costs import FREE, Costs, GpuCosts
-from . import (
-    float_conv,
-    float_product,
-    int_mm,
-    kitchen,
-    onednn,
-    reference,
-    triton_backend,
-    triton_int_mm,
-    triton_probe,
-)
-from .geometry import Geometry
+from ..geometry import Geometry
+from . import float_conv, float_product, int_mm, kitchen, onednn, reference
+from .costs import FREE, Costs, GpuCosts
 from .rates import no_int8, slower
+from .triton import backend as triton_backend
+from .triton import int_mm as triton_int_mm
+from .triton import probe as triton_probe
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
 # Of GroupNorm and SiLU before it; only where a backend is faster with all three in one.

@@ -8,8 +8,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry, StaticInput
 from . import reference
-from .geometry import Geometry, StaticInput
 
 ROWS, CHANNELS, OUTPUTS = 40, 64, 48
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import write_bytes
+from ..atomic import write_bytes
 from .metrics import image_pair
 
 _BACKGROUND = 0.16

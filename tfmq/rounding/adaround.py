@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import grouped
+from ..formats import int4
 from . import tree
 from .layer import Layer, Rows, grid_to
 
@@ -186,12 +186,12 @@ class _Soft:
         shape, grid = layer.geometry.shape, grid_to(layer.grid, device)
         place, codes = start.place.to(device), start.codes.to(device)
         # Every entry can move to a neighbour: the last code has nothing above it.
-        floor = torch.minimum(place.floor(), codes.float()).clamp_(0, grouped.TOP - 1)
+        floor = torch.minimum(place.floor(), codes.float()).clamp_(0, int4.TOP - 1)
         zero = grid.zero.float().repeat_interleave(grid.group, 1)
-        step = grouped.step(grid)
+        step = int4.step(grid)
 
         def laid_out(columns: Tensor) -> Tensor:
-            return grouped.from_columns(columns, shape).contiguous()
+            return int4.from_columns(columns, shape).contiguous()
 
         self.floor = laid_out(floor)
         self.step = laid_out(step)
@@ -230,8 +230,8 @@ class _Soft:
 
     def codes(self) -> Tensor:
         up = self.alpha.detach() >= 0  # h >= 1/2
-        columns = grouped.to_columns(self.floor + up)
-        return columns.clamp_(0, grouped.TOP).to(torch.uint8)
+        columns = int4.to_columns(self.floor + up)
+        return columns.clamp_(0, int4.TOP).to(torch.uint8)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

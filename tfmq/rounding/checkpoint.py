@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import files
 from ..errors import TfmqError
-from ..grouped import Grid
-from ..solve import Rounded
+from ..formats.int4 import Grid
+from ..solve.layer import Rounded
 from .units import Unit
 
 KIND = "rounding"

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..solve import Rounded
+from ..solve.layer import Rounded
 from . import tree
 from .adaround import Draw, Group, fit
+from .forwards import plain_parameters
 from .layer import Layer, Rows
-from .plain import plain_parameters
 from .reconstruct import HELD_OUT, Progress, Source, outputs
 from .units import find_units
 

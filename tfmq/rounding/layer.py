@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import grouped
-from ..compensate import round_to_8_bits
-from ..kernels.geometry import Geometry
-from ..quantizer import dequantize_weight, per_channel, quantize_rows
-from ..rotation import rotate
+from ..formats import int4
+from ..formats.affine import dequantize_weight, per_channel, quantize_rows
+from ..formats.hadamard import rotate
+from ..geometry import Geometry
 from ..scheme import DYNAMIC, STATIC, Scheme
+from ..solve.gptq8 import round_to_8_bits
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Layer:
     permutations: Tensor | None = None
     sample: Tensor | None = None
     codes: Tensor | None = None
-    grid: grouped.Grid | None = None
+    grid: int4.Grid | None = None
     weight8: tuple[Tensor, Tensor] | None = None
     trained: Tensor | None = None
     gain: Tensor | None = None
@@ -76,8 +76,8 @@ class Layer:
             codes, scale = self.weight8
             return dequantize_weight(codes.to(device), scale.to(device))
         assert self.codes is not None and self.grid is not None
-        columns = grouped.values(self.codes.to(device), grid_to(self.grid, device))
-        return grouped.from_columns(columns, self.geometry.shape)
+        columns = int4.values(self.codes.to(device), grid_to(self.grid, device))
+        return int4.from_columns(columns, self.geometry.shape)
 
     def plain_input(self, x: Tensor) -> Tensor:
         """x -> float32 of the same shape: balanced and rotated."""
@@ -135,5 +135,5 @@ class Layer:
         return out if bias is None else out + per_channel(bias, out.dim(), 1 if g.is_conv else -1)
 
 
-def grid_to(grid: grouped.Grid, device: torch.device | str) -> grouped.Grid:
-    return grouped.Grid(grid.scale.to(device), grid.factor.to(device), grid.zero.to(device), grid.group)
+def grid_to(grid: int4.Grid, device: torch.device | str) -> int4.Grid:
+    return int4.Grid(grid.scale.to(device), grid.factor.to(device), grid.zero.to(device), grid.group)

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import grouped
 from ..errors import TfmqError
-from ..solve import Rounded
+from ..formats import int4
+from ..solve.layer import Rounded
 from . import tree
 from .adaround import Call, Group, Settings, Starting, adaround, measure
 from .checkpoint import read_unit, write_unit
-from .feedback import LIMIT, Gram, feedback, input_columns
+from .forwards import plain_parameters
+from .gptq4 import LIMIT, Gram, feedback, input_columns
 from .lanes import Lane
 from .layer import Layer, Rows, grid_to
-from .plain import plain_parameters
 from .progress import Countdown
-from .ranges import Scales, tune_scales
+from .scales import Scales, tune_scales
 from .units import Unit, find_units
 
 NEAREST, FAST, BALANCED, BEST = "nearest", "fast", "balanced", "best"
@@ -273,7 +273,7 @@ class _Work:
         if twin.columns is None:
             return
         if self.current is None or self.current[0] != path:
-            self.current = (path, grouped.to_columns(self.weight(path)).float())
+            self.current = (path, int4.to_columns(self.weight(path)).float())
         columns = input_columns(layer.plain_input(x), _window(layer))
         if twin.chosen is not None:
             columns = columns[twin.chosen]
@@ -314,9 +314,9 @@ class _Work:
         """Nearest rounding for what has none."""
         for path, unit in self.unit_of.items():
             if path not in self.rounded:
-                columns = grouped.to_columns(self.weight(path)).float()
-                grid = grouped.search_grid(columns, self.layers[path].scheme.group)
-                self._keep(path, grouped.nearest(columns, grid), grid, note)
+                columns = int4.to_columns(self.weight(path)).float()
+                grid = int4.search_grid(columns, self.layers[path].scheme.group)
+                self._keep(path, int4.nearest(columns, grid), grid, note)
                 self._done(path, unit)
 
     def _advance(self, one: _Pass) -> str | None:
@@ -400,22 +400,22 @@ class _Work:
         began = time.perf_counter()
         layer, gram = self.layers[path], self.grams.pop((path, False), None)
         judge = self.grams.pop((path, True), None)
-        columns = grouped.to_columns(self.weight(path)).float().contiguous()
+        columns = int4.to_columns(self.weight(path)).float().contiguous()
         if gram is None:
-            grid = grouped.search_grid(columns, layer.scheme.group)
-            codes, note = grouped.nearest(columns, grid), "no samples reached it: nearest rounding"
-            place = grouped.place(columns, grid).clamp_(0, grouped.TOP)
+            grid = int4.search_grid(columns, layer.scheme.group)
+            codes, note = int4.nearest(columns, grid), "no samples reached it: nearest rounding"
+            place = int4.place(columns, grid).clamp_(0, int4.TOP)
         else:
-            grid = grouped.search_grid(columns, layer.scheme.group, gram.mean_square)
+            grid = int4.search_grid(columns, layer.scheme.group, gram.mean_square)
             codes, place = feedback(columns, grid, gram)
             note = "error feedback"
             if gram.pull is not None:
                 moved = gram.moved(columns)
-                trial = grouped.search_grid(moved, layer.scheme.group, gram.mean_square)
+                trial = int4.search_grid(moved, layer.scheme.group, gram.mean_square)
                 other = feedback(moved, trial, gram)
                 judge = judge or gram
-                if judge.excess(grouped.values(other[0], trial) - columns) < judge.excess(
-                    grouped.values(codes, grid) - columns
+                if judge.excess(int4.values(other[0], trial) - columns) < judge.excess(
+                    int4.values(codes, grid) - columns
                 ):
                     (codes, place), grid = other, trial
                     self.corrected += 1
@@ -546,7 +546,7 @@ class _Work:
         why = "no gain" if after <= before * 1.5 else "diverged"
         return f"error feedback kept, reconstruction {why}: loss {before:.3g} -> {after:.3g}", before
 
-    def _keep(self, path: str, codes: Tensor, grid: grouped.Grid, note: str) -> None:
+    def _keep(self, path: str, codes: Tensor, grid: int4.Grid, note: str) -> None:
         layer = self.layers[path]
         layer.codes, layer.grid = codes.cpu(), grid_to(grid, "cpu")
         scale = zero = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..quantizer import RANGE_NORM, affine_grid
+from ..formats.affine import RANGE_NORM, affine_grid
 from ..timeline import TimeAxis
 from .features import TemporalGraph
 

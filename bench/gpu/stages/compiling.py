@@ -30,10 +30,11 @@ from bench.gpu.launches import Launch, forced, kept
 from bench.gpu.layers import Place
 from bench.gpu.stages import ops, parity
 from bench.gpu.truth import Silent
-from tfmq.kernels import triton_backend, triton_tune
-from tfmq.kernels import triton_launch as launch
-from tfmq.kernels.geometry import Geometry, Norm, geometry_of
-from tfmq.kernels.triton_tune import Machine, Shape, Tile
+from tfmq.geometry import Geometry, Norm, geometry_of
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import launch
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Machine, Shape, Tile
 
 __all__ = ["cases", "parallel"]
 

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from bench.gpu.case import Case, Job
 from bench.gpu.profiled import launches
-from tfmq import norm_chain
-from tfmq.kernels.geometry import Geometry, geometry_of
+from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
+from tfmq.geometry import Geometry, geometry_of
 from tfmq.kernels.table import pick
-from tfmq.leaf import QuantConv2d, QuantLinear
-from tfmq.quantizer import affine_grid, channel_scale, quantize_weight
+from tfmq.runtime import norm_silu_conv
+from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve import LayerState
+from tfmq.solve.layer import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 CALLS, ROUNDS = 100, 5
@@ -109,4 +109,4 @@ def _conv(device: torch.device, normed: bool) -> Made:
         return leaf, _image(device), backend
     chain = nn.Sequential(nn.GroupNorm(32, CHANNELS), nn.SiLU(), leaf).to(device).eval()
     chain[0].half()
-    return lambda x: norm_chain.run(chain, x), _image(device), backend
+    return lambda x: norm_silu_conv.run(chain, x), _image(device), backend

@@ -19,8 +19,8 @@ except ImportError:
 from bench import speed_ops
 from bench.gpu.launches import forced, watched
 from bench.speed_ops import Conv, Linear
-from tfmq.kernels import triton_tune
-from tfmq.kernels.triton_tune import Machine, Shape, Tile
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Machine, Shape, Tile
 
 SHAPES: tuple[Conv | Linear, ...] = (
     Linear(8192, 640, 5120), Conv(640, 640, 64), Linear(2048, 1280, 1280), Conv(320, 320, 64), Linear(8192, 320, 2560),

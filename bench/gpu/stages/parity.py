@@ -22,10 +22,11 @@ from bench.gpu import interpreted
 from bench.gpu.launches import forced
 from bench.gpu.layers import DTYPES, Place, odd_from
 from bench.gpu.truth import NORM_SLACK, product_sums
-from tfmq.kernels import triton_backend, triton_tune
-from tfmq.kernels import triton_launch as launch
-from tfmq.kernels.geometry import Geometry, Norm
-from tfmq.kernels.triton_tune import Tile
+from tfmq.geometry import Geometry, Norm
+from tfmq.kernels.triton import backend as triton_backend
+from tfmq.kernels.triton import launch
+from tfmq.kernels.triton import tune as triton_tune
+from tfmq.kernels.triton.tune import Tile
 
 # On Hopper a program of 4 warps and 64 rows multiplies with wgmma, one of 32 rows or of 2 warps with mma.sync, which is
 # what GPUs for consumers have.

@@ -1,0 +1,1 @@
+"""Recipe + calibration -> plan: how each layer is represented, and why."""

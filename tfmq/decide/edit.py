@@ -1,0 +1,130 @@
+"""A plan that a person has changed: the JSON of a report with other bits here and there, accepted back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from ..errors import TfmqError
+from ..formats.hadamard import group_of
+from ..formats.int4 import group_for
+from ..kernels.costs import FREE, Costs
+from ..observe.calibration import Calibration
+from ..observe.model import LayerStatistics
+from ..runtime.branches import BRANCHES
+from ..scheme import DYNAMIC, INT, NONE, STATIC, Plan, Scheme
+from .plan import scheme_of
+
+FLOAT = 16
+BITS = (4, 8, FLOAT)
+
+
+def edited(
+    plan: Plan,
+    text: str,
+    calibration: Calibration,
+    keep: Mapping[str, str],
+    costs: Costs = FREE,
+) -> Plan:
+    """`plan` with the layers that `text` names as it says; the others stay as they were decided.
+
+    text: JSON with an object `layers` (the report of TFMQ Quantize has one under `plan`): path -> 4, 8 or 16 bits per
+    weight, or an object with the fields of a `Scheme`, of which those that are missing are decided. 16 leaves a layer
+    in float. keep: path -> why it must stay in float.
+    Raises TfmqError for text that is no such JSON, a layer that is not there, or a scheme that cannot be.
+    """
+    layers, reasons, left = dict(plan.layers), dict(plan.reasons), dict(plan.left)
+    for path, wanted in _wanted(text).items():
+        if path not in layers and path not in left:
+            raise TfmqError(f"The plan names the layer {path}, which this model does not have: take its line out.")
+        given = wanted if isinstance(wanted, dict) else {"weight_bits": wanted}
+        bits = given.get("weight_bits", layers[path].weight_bits if path in layers else FLOAT)
+        if isinstance(bits, bool) or bits not in BITS:
+            raise TfmqError(f"The plan wants {bits!r} bits for layer {path}: there are 4, 8 and 16 (float).")
+        if bits == FLOAT:
+            layers.pop(path, None)
+            reasons.pop(path, None)
+            left.setdefault(path, "asked for in the plan")
+            continue
+        statistics = calibration.layers.get(path)
+        if path in keep or statistics is None or statistics.vector:
+            why = keep.get(path) or left.get(path, "the calibration never saw it run")
+            raise TfmqError(f"The plan wants {bits} bits for layer {path}, which stays in float ({why}): take it out.")
+        recipe = plan.recipe
+        if given.get("activation") == NONE:
+            recipe = replace(recipe, activation_bits=16)
+        elif recipe.activation_bits == 16 and given.get("activation") in (STATIC, DYNAMIC):
+            recipe = replace(recipe, activation_bits=8)
+        if isinstance(given.get("group"), int) and given["group"] > 0:
+            recipe = replace(recipe, group=given["group"])
+        decided, reason = scheme_of(recipe, statistics, int(bits), costs)
+        scheme = _scheme(path, decided, given)
+        _require_possible(path, scheme, statistics)
+        if scheme != layers.get(path):
+            reason = f"asked for in the plan; {reason}"
+        layers[path], reasons[path] = scheme, reasons.get(path, reason) if scheme == layers.get(path) else reason
+        left.pop(path, None)
+    if not layers:
+        raise TfmqError("The plan leaves every layer in float: give at least one layer 4 or 8 bits.")
+    return replace(plan, layers=layers, reasons=reasons, left=left)
+
+
+def _wanted(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+        data = data.get("plan", data)
+        wanted = data["layers"]
+        if not isinstance(wanted, dict):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise TfmqError(
+            'The plan is no JSON with an object "layers" in it: give the report of TFMQ Quantize with some bits '
+            'changed, or {"layers": {"path.of.a.layer": 8}}.'
+        ) from None
+    return wanted
+
+
+def _scheme(path: str, decided: Scheme, given: Mapping[str, Any]) -> Scheme:
+    known = {f.name: type(getattr(decided, f.name)) for f in fields(Scheme)}
+    for name, value in given.items():
+        if name not in known:
+            raise TfmqError(f"The plan gives layer {path} a field {name!r}, which no scheme has: take it out.")
+        if type(value) is not known[name]:
+            raise TfmqError(
+                f"The plan gives layer {path} the {name} {value!r}: a {known[name].__name__} belongs there."
+            )
+    return Scheme(**(asdict(decided) | dict(given)))
+
+
+def _require_possible(path: str, scheme: Scheme, statistics: LayerStatistics) -> None:
+    conv, channels = statistics.kind == "conv2d", statistics.shape[1]
+    grouped = 0 if scheme.weight_bits == 8 or scheme.weight_format != INT else scheme.group
+    problem = None
+    if scheme.activation not in (STATIC, DYNAMIC, NONE):
+        problem = f"activation {scheme.activation!r}: there are static, dynamic and none"
+    elif conv and scheme.activation == DYNAMIC:
+        problem = "activations per token, which a convolution has not"
+    elif scheme.activation != NONE and not 2 <= scheme.activation_bits <= 8:
+        problem = f"{scheme.activation_bits} activation bits: there are 2 to 8"
+    elif scheme.weight_format != INT and (conv or scheme.activation != NONE):
+        problem = f"the format {scheme.weight_format}, which is for Linear layers with activation none"
+    elif scheme.weight_bits == 4 and scheme.weight_format == INT and not _divides(grouped, channels):
+        problem = (
+            f"4 bits in groups of {grouped}: powers of 2 from 16 that divide its {channels} input channels will do"
+        )
+    elif scheme.balanced and statistics.balance is None:
+        problem = "a balance, which the calibration did not find worth it"
+    elif scheme.branches not in (1, BRANCHES) or (scheme.branches == BRANCHES and statistics.branches is None):
+        problem = "ranges for two branches, which the calibration did not find worth it"
+    elif scheme.rotation and (conv or statistics.rotated is None or scheme.rotation != group_of(channels)):
+        problem = f"a rotation in blocks of {scheme.rotation}, which the calibration did not look at"
+    elif scheme.permuted and (not scheme.rotation or statistics.permutations is None):
+        problem = "permutations, which the calibration did not find worth it"
+    if problem is not None:
+        raise TfmqError(f"The plan gives layer {path} {problem}: change that.")
+
+
+def _divides(group: int, channels: int) -> bool:
+    return group > 0 and group_for(channels, group) == group

@@ -1,0 +1,185 @@
+"""Rotation of the input channels of a Linear: spreads an outlier of one channel over many.
+
+x W^T = (x R) (W R)^T for an orthogonal R; W R is folded into the codes (QuaRot, 2404.00456, section 4; TR-DQ,
+2503.06564, for diffusion models). Three kinds, all of normalized Hadamard blocks, so that R costs a small product per
+token and its inverse is its transpose:
+
+    R = H            an outlier is spread over its own block
+    R = P1 H         P1, a permutation of the channels, deals the widest ones out to the blocks first
+    R = P1 H P2 H    P2 does the same with what H made of them, so that an outlier is spread over all channels
+
+P1 and P2 are the zig-zag of DuQuant (2406.01721, section 3.2). There each H is a product of up to 256 reflections that
+take the widest entry to a uniform vector; a Hadamard matrix spreads every entry evenly at once, and it need not be
+stored.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .affine import channel_scale, dequantize_weight, quantize_rows, quantize_weight
+from .int4 import group_for, nearest, search_grid, values
+
+LARGEST, SMALLEST = 256, 16
+OUTPUTS = 32  # rows of a weight that its error is measured on
+GROUP = 32  # of 4-bit weights there
+PERMUTATION_WORTHWHILE = 0.8  # ratio of squared errors below which a kind with (more) permutations is taken
+
+
+def group_of(channels: int) -> int:
+    """Block size for so many input channels: the largest power of two up to 256 that divides them, or 0 under 16."""
+    group = min(channels & -channels, LARGEST)
+    return group if group >= SMALLEST else 0
+
+
+def rotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:
+    """x [..., K] float -> x R [..., K], same dtype; of an input or of a weight [N, K].
+
+    group divides K; 0: no rotation. permutations: integers [1, K] or [2, K], those before each pass; None for H alone.
+    """
+    if not group:
+        return x
+    if permutations is None:
+        return _blocks(x, group)
+    for permutation in permutations.to(x.device, torch.int64):
+        x = _blocks(_select(x, permutation), group)
+    return x
+
+
+def suits_tensor_cores(x: Tensor) -> bool:
+    """Whether the device multiplies x's type several times as fast as float32."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def rotate_as_means(x: Tensor, group: int, permutations: Tensor | None = None) -> tuple[Tensor, float]:
+    """x [..., K] in 16 bits -> y, of its shape and type, and a factor: `rotate` gives y * factor.
+
+    The matrices hold +-1 / group instead of +-1 / sqrt(group): powers of two, which every float type holds exactly, and
+    means of entries of x, of which none is larger than the largest of x, so that float16 does not overflow. They are
+    rounded once a pass, to x's type.
+    """
+    if permutations is None:
+        return _means(x, group), group**0.5
+    for permutation in permutations.to(x.device, torch.int64):
+        x = _means(_select(x, permutation), group)
+    return x, group ** (len(permutations) / 2)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor in float32, rounded once to x's type, in one pass."""
+    if x.requires_grad:
+        return (x * factor).to(x.dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x))
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, count: int, device: torch.device) -> Tensor:
+    """float32 [count], all of them `value`; the same tensor again for the same arguments."""
+    with torch.inference_mode(False):
+        return torch.full((count,), value, dtype=torch.float32, device=device)
+
+
+def unrotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:
+    """The inverse of `rotate`."""
+    if not group:
+        return x
+    if permutations is None:
+        return _blocks(x, group)  # H is symmetric
+    for permutation in permutations.to(x.device, torch.int64).flip(0):
+        x = _blocks(x, group).index_select(-1, permutation.argsort())
+    return x
+
+
+def find_permutations(rows: Tensor, reach: Tensor, group: int) -> Tensor | None:
+    """P1 and P2, [2, K], int16 where that holds them; None where one block is all.
+
+    rows: a sample of the input, float [M, K]. reach [K]: its channels' largest magnitudes, from all that was seen.
+    """
+    channels = reach.numel()
+    if channels == group:
+        return None
+    first = zigzag(reach, group)
+    second = zigzag(_blocks(rows[:, first], group).abs().amax(0), group)
+    return torch.stack([first, second]).to(torch.int16 if channels <= 2**15 else torch.int32)
+
+
+def zigzag(reach: Tensor, group: int) -> Tensor:
+    """Permutation int64 [K] that deals the channels out to the blocks, widest first, in turns of changing direction."""
+    turns = reach.argsort(descending=True, stable=True).view(group, -1)
+    turns[1::2] = turns[1::2].flip(1)
+    return turns.t().flatten()
+
+
+def choose_rotation(rows: Tensor, reach: Tensor, weight: Tensor, group: int) -> tuple[Tensor | None, Tensor]:
+    """Which kind of rotation leaves the least error of a per-token input, and what it does to the weight.
+
+    rows: a sample of the balanced input, float [M, K]. reach [K]: its channels' largest magnitudes. weight [N, K]: the
+    one that it meets. Returns the permutations, or None for H alone, and `weight_errors` without and with this
+    rotation, float64 [2, 2].
+    """
+    weight = weight[:: -(-weight.shape[0] // OUTPUTS)].float()
+    plain = weight_errors(rows, weight)
+    found, least, errors = None, float("inf"), plain
+    both = find_permutations(rows, reach, group)
+    for permutations in (None,) if both is None else (None, both[:1], both):
+        x, w = rotate(rows, group, permutations), rotate(weight, group, permutations)
+        codes, scale, offset = quantize_rows(x)
+        error = float((codes * scale + offset - x).square().sum())
+        # A permutation is a gather at every call: it must pay for itself.
+        if error < least * (1.0 if permutations is None else PERMUTATION_WORTHWHILE):
+            found, least, errors = permutations, error, weight_errors(x, w)
+    return found, torch.stack([plain, errors])
+
+
+def weight_errors(rows: Tensor, weight: Tensor) -> Tensor:
+    """Squared output error from rounding the weight to 8 and to 4 bits, float64 [2].
+
+    rows float [M, K], weight float [N, K]. It is divided by what an error of the input as large as the input would make
+    if it had no direction, so that it compares with the relative squared error of an input.
+    """
+    scale = channel_scale(weight)
+    eight = dequantize_weight(quantize_weight(weight, scale), scale)
+    grid = search_grid(weight, group_for(weight.shape[1], GROUP))
+    four = values(nearest(weight, grid), grid)
+    unit = weight.double().square().sum() * rows.double().square().mean() * rows.shape[0]
+    made = torch.stack([(rows @ (rounded - weight).t()).double().square().sum() for rounded in (eight, four)])
+    return made / unit.clamp_min(1e-30)
+
+
+def _select(x: Tensor, permutation: Tensor) -> Tensor:
+    if x.device.type == "cpu" and x.dtype != torch.float32:  # of which index_select takes twice as long as gather
+        return x.gather(-1, permutation.expand(x.shape))
+    return x.index_select(-1, permutation)
+
+
+def _blocks(x: Tensor, group: int) -> Tensor:
+    blocks = x.reshape(*x.shape[:-1], -1, group)
+    return (blocks @ _hadamard(group, x.device, x.dtype)).reshape(x.shape)
+
+
+def _means(x: Tensor, group: int) -> Tensor:
+    blocks = x.reshape(*x.shape[:-1], -1, group)
+    return (blocks @ _averages(group, x.device, x.dtype)).reshape(x.shape)
+
+
+@lru_cache(maxsize=64)
+def _averages(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return (_signs(size) / size).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # kept for every later caller, inside of inference mode or not
+        return (_signs(size) / size**0.5).to(device=device, dtype=dtype)
+
+
+def _signs(size: int) -> Tensor:
+    """Hadamard matrix of +-1, float64, by Sylvester's construction."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

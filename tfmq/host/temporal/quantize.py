@@ -1,0 +1,188 @@
+"""The temporal path of a MODEL in integers or as rows of a cache: what TFMQ Quantize does with its `temporal` input."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ...temporal.features import TemporalGraph
+from ...temporal.fsc import FiniteSet, QuantizedLayer, QuantizedTib
+from ...temporal.packing import pack, signed_zero_point
+from ...temporal.selection import CACHE8, CACHE16, NONE, Selection, int8_table, select
+from ...temporal.tiar import tiar
+from ...temporal.tib import find_tib
+from ...timeline import TimeAxis
+from ..model import PREFIX
+from .graph import graph_of
+from .leaf import TemporalState, temporal_state
+
+FLOAT, INT8, INT4, SELECTED = "float", "int8 (TIAR + FSC)", "int4 (TIAR + FSC)", "selected"
+MODES = (FLOAT, INT8, INT4, SELECTED)
+BITS = {INT8: 8, INT4: 4}
+INTERVALS = 25  # parts of the time axis of which a selection may cache some and not others
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Temporal:
+    """states: layer path -> what takes its place; a layer that is not there stays in float. reasons: path -> one line,
+    for all layers of the temporal path. deaf: parameters whose patches can have no effect any more, or not all of it.
+    points: of the finite set."""
+
+    states: dict[str, TemporalState]
+    reasons: dict[str, str]
+    deaf: tuple[str, ...]
+    points: int
+
+
+def steps(network: nn.Module, mode: str) -> int:
+    """How many steps of progress `solve` tells."""
+    layers = len(find_tib(network).layers)
+    return {FLOAT: 0, SELECTED: 2 * layers}.get(mode, layers)
+
+
+def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, progress: Progress) -> Temporal:
+    """Quantize the temporal path over all timesteps, patches merged. progress: called with (done, total).
+
+    Raises TfmqError for a MODEL whose temporal features do not depend on t alone or whose embedding is not known.
+    """
+    device = with_float64(patcher.load_device)
+    graph = graph_of(patcher, network, device)
+    times = FiniteSet(FiniteSet.of(axis).points.to(device))
+    wanted = (INT8, INT4) if mode == SELECTED else (mode,)
+    total, tibs = steps(network, mode), {}
+    for number, name in enumerate(wanted):
+
+        def tell(done: int, _: int, number: int = number) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress(done + number * len(graph.layers), total)
+
+        tibs[name] = tiar(graph, times, BITS[name], progress=tell).tib
+    with torch.inference_mode(False), torch.no_grad():
+        times = FiniteSet(times.points.clone())
+        if mode == SELECTED:
+            weight = network.get_submodule(graph.outputs[0]).weight
+            assert isinstance(weight, Tensor)
+            chosen = select(graph, times, tibs, reference=INT8, intervals=INTERVALS, float_bytes=weight.element_size())
+            found = _selected(graph, times, tibs, chosen)
+        else:
+            found = _one_width(graph, times, tibs[mode], mode)
+    offload = patcher.offload_device
+    return replace(found, states={path: _state_to(state, offload) for path, state in found.states.items()})
+
+
+def _one_width(graph: TemporalGraph, times: FiniteSet, tib: QuantizedTib, mode: str) -> Temporal:
+    floats, found = graph.features(times.points), tib.features(times.points)
+    count = times.points.numel()
+    states, reasons = {}, {}
+    for path, layer in tib.layers.items():
+        states[path] = _weights(layer, count)
+        error = float((found[path] - floats[path]).double().norm() / floats[path].double().norm())
+        reasons[path] = f"{mode}: error {error:.1e} over all timesteps in {layer.nbytes} bytes"
+    return Temporal(states, reasons, (), count)
+
+
+def _selected(graph: TemporalGraph, times: FiniteSet, tibs: dict[str, QuantizedTib], chosen: Selection) -> Temporal:
+    floats = graph.features(times.points)
+    count = times.points.numel()
+    shapes = {path: _shape(layer.weight) for path, layer in graph.layers.items()}
+    states: dict[str, TemporalState] = {}
+    reasons: dict[str, str] = {}
+    for path in graph.embedder:
+        if chosen.embedder in tibs:
+            states[path] = _weights(tibs[chosen.embedder].layers[path], count)
+        elif chosen.embedder == NONE:
+            states[path] = temporal_state(shapes[path], count)
+        reasons[path] = (
+            "not kept: all features come from a cache" if chosen.embedder == NONE else f"embedder: {chosen.embedder}"
+        )
+    deaf: list[str] = []
+    cached = False
+    for path, choice in chosen.choices.items():
+        base = choice.rows if len(choice.cached) == INTERVALS else choice.base
+        if base in (CACHE8, CACHE16):
+            states[path] = _with(temporal_state(shapes[path], count), _rows(floats[path], base))
+            deaf += [f"{path}.bias"] + ([f"{path}.weight"] if chosen.embedder == NONE else [])
+            cached = True
+        elif base in tibs:
+            rows = _rows(floats[path], choice.rows, choice.cached) if choice.cached else {}
+            states[path] = _with(_weights(tibs[base].layers[path], count), rows)
+            cached = cached or bool(choice.cached)
+        reasons[path] = f"{base}: {choice.why}"
+    if cached:
+        deaf += [f"{path}.{name}" for path in graph.embedder for name in ("weight", "bias")]
+    return Temporal(states, reasons, tuple(deaf), count)
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+def _weights(layer: QuantizedLayer, points: int) -> TemporalState:
+    return temporal_state(
+        _shape(layer.codes), points, layer.bits, codes=pack(layer.codes, layer.bits), scale=layer.scale,
+        zero_point=signed_zero_point(layer.zero_point, layer.bits), act_scale=layer.act_scale,
+        act_zero_point=layer.act_zero_point,
+    )  # fmt: skip
+
+
+def _rows(features: Tensor, kind: str, intervals: Iterable[int] | None = None) -> dict[str, Tensor]:
+    """The tensors of a cache of features [T, N], of all timesteps or of those of some intervals."""
+    table: dict[str, Tensor] = {}
+    if kind == CACHE16:
+        table["rows"] = features.half()
+    else:
+        table["rows"], table["row_scale"], table["row_low"] = int8_table(features)
+    if intervals is None:
+        return table
+    count, chosen = features.shape[0], set(intervals)
+    where = torch.arange(count) * INTERVALS // count
+    kept = torch.isin(where, torch.tensor(sorted(chosen))).to(features.device)
+    sizes = torch.bincount(where, minlength=INTERVALS).tolist()
+    start, starts = 0, []
+    for interval, size in enumerate(sizes):
+        starts.append(start if interval in chosen else -1)
+        start += size if interval in chosen else 0
+    per_row = {name: v[kept] if v.shape[0] == count else v for name, v in table.items()}
+    return per_row | {"row_start": torch.tensor(starts, dtype=torch.int32)}
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """This device, or the CPU in place of one that may not have float64 (Apple's, some of Intel's)."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _state_to(state: TemporalState, device: Any) -> TemporalState:
+    return _with(state, {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)})
+
+
+def _with(state: TemporalState, tensors: dict[str, Tensor]) -> TemporalState:
+    changed: dict[str, Any] = {**tensors}
+    return replace(state, **changed)
+
+
+class DeafWarning:
+    """ON_LOAD callback: says so where a LoRA wants to change what is no longer there. baked: as in `Quantized`."""
+
+    def __init__(self, deaf: tuple[str, ...], baked: dict[str, int]) -> None:
+        self.deaf, self.baked = deaf, baked
+        self.told: tuple[str, ...] = ()
+
+    def __call__(self, patcher: ModelPatcher, *_: Any) -> None:
+        keys = (PREFIX + name for name in self.deaf)
+        lost = tuple(key for key in keys if len(patcher.patches.get(key, [])) > self.baked.get(key, 0))
+        if lost and lost != self.told:
+            logging.warning(
+                "TFMQ: the features of some temporal layers come from a cache, so a LoRA has no full effect on "
+                "%s: put it before TFMQ Calibrate, or set temporal of TFMQ Quantize to another choice.",
+                ", ".join(key.removeprefix(PREFIX) for key in lost),
+            )
+        self.told = lost

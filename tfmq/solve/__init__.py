@@ -1,0 +1,1 @@
+"""Plan + calibration + float weights -> integers."""
