@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .errors import TfmqError
 from .observe.calibration import Calibration
-from .observe.model import LayerStatistics
 from .observe.samples import Samples
+from .observe.statistics import LayerStatistics
 from .timeline import Partition, TimeAxis
 
 MANIFEST = "tfmq"

@@ -15,7 +15,7 @@ ONE_RANGE, TDQ = "one range", "tdq"
 class Scheme:
     """How one layer is represented.
 
-    `weight_bits`: width of the weight codes: 8 (symmetric, one scale per output channel) or 4 (`grouped`).
+    `weight_bits`: width of the weight codes: 8 (symmetric, one scale per output channel) or 4 (`int4`).
     `activation`: "static" (affine uint8, one scale and zero point per interval), "dynamic" (affine, per token) or
     "none" (left in float: the weight is decoded and the layer computes in float).
     `branches`: 2 where a static activation has a grid of its own for conditional and unconditional rows.

@@ -13,7 +13,7 @@ from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
 from tfmq.geometry import Geometry, geometry_of
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.rounding
 
 store = patchers.module("tfmq.host.store")
 swap = patchers.module("tfmq.host.quantize")
-decide = patchers.module("tfmq.decide.plan")
+candidates = patchers.module("tfmq.decide.candidates")
 scheme = patchers.module("tfmq.scheme")
 
 
@@ -37,9 +37,11 @@ def rotated(base, calibration, request):
     bits, activations = request.param
     recipe = scheme.Recipe("r", weight_bits=bits, convolutions=False, activations=activations)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        kind = decide._kind
-        patch.setattr(decide, "_kind", lambda *about: (kind(*about)[0], 0.0, ""))  # no error: every Linear is rotated
-        patch.setattr(decide, "WEIGHT_SHARE", 0.0)
+        kind = candidates._kind
+        patch.setattr(
+            candidates, "_kind", lambda *about: (kind(*about)[0], 0.0, "")
+        )  # no error: every Linear is rotated
+        patch.setattr(candidates, "WEIGHT_SHARE", 0.0)
         return swap.quantize(base, calibration, recipe, lambda *_: None)
 
 

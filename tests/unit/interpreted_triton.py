@@ -36,7 +36,7 @@ from tfmq.kernels.triton.tune import Tile
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 SMALL = Tile(32, 32, 64, 1, 4, 2)

@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq.decide.plan import decide, dynamic_error, static_error, static_grid
+from tfmq.decide.candidates import dynamic_error, static_error
+from tfmq.decide.grids import static_grid
+from tfmq.decide.plan import decide
 from tfmq.errors import TfmqError
 from tfmq.formats.affine import affine_grid, histogram_error, search_range
 from tfmq.formats.hadamard import group_of
 from tfmq.kernels.costs import NARROW, Costs
 from tfmq.kernels.table import BACKENDS
 from tfmq.observe.calibration import Calibration
-from tfmq.observe.model import LayerStatistics
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.scheme import DYNAMIC, NONE, PRESETS, STATIC, Recipe, Scheme
 from tfmq.timeline import Partition, TimeAxis
 

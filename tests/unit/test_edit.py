@@ -9,7 +9,7 @@ from tfmq.decide.edit import edited
 from tfmq.decide.plan import decide
 from tfmq.errors import TfmqError
 from tfmq.observe.calibration import Calibration
-from tfmq.observe.model import LayerStatistics
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.scheme import PRESETS, STATIC, Plan, Scheme
 from tfmq.timeline import Partition, TimeAxis
 

@@ -27,7 +27,7 @@ from tfmq.files import (
     write_calibration,
 )
 from tfmq.observe.calibration import Calibration
-from tfmq.observe.model import LayerStatistics
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.timeline import Partition, TimeAxis
 
 per_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

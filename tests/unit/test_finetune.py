@@ -14,7 +14,7 @@ from support.rounding import four_bit_layers
 from tfmq.rounding.finetune import Settings, Tuned, _Recomputed, _Work, finetune
 from tfmq.rounding.reconstruct import Source, reconstruct
 from tfmq.scheme import DYNAMIC, STATIC
-from tfmq.solve.layer import Rounded
+from tfmq.state import Rounded
 
 ROWS, INTERVALS, WIDTH = 128, 4, 32
 SHORT = Settings(iterations=48, batch=8, every=12, activation_rate=1e-2, weight_rate=1e-2, bias_rate=1e-2)

@@ -10,7 +10,7 @@ from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels import float_product, table
 from tfmq.runtime.leaf import QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

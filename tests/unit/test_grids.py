@@ -19,7 +19,7 @@ from tfmq.kernels.table import BACKENDS
 from tfmq.runtime.grids import SMALLEST
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")

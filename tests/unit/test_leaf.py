@@ -20,7 +20,7 @@ from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_S
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.runtime.packed_codes import PackedCodes
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding

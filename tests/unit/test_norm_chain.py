@@ -16,7 +16,7 @@ from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, CONV2D_STATIC_NORMED, pi
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d
 from tfmq.scheme import NONE, STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.decide.plan import static_grid
+from tfmq.decide.grids import static_grid
 from tfmq.errors import TfmqError
 from tfmq.observe import model
 from tfmq.observe.balance import choose_balance
-from tfmq.observe.model import BINS, KEPT, LayerObserver, LayerStatistics, ModelObserver
+from tfmq.observe.layer import BINS, KEPT, LayerObserver
+from tfmq.observe.model import ModelObserver
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 INTERVALS = 4

@@ -9,25 +9,18 @@ import torch
 from torch import Tensor
 
 import tfmq.runtime.leaf
-from tfmq.decide.plan import scheme_of, static_grid
+from tfmq.decide.candidates import scheme_of
+from tfmq.decide.grids import static_grid
 from tfmq.files import CALIBRATION, read_calibration, read_manifest, read_tensors, write, write_calibration
 from tfmq.formats.affine import channel_scale, dequantize_weight, quantize_rows, quantize_weight
-from tfmq.formats.hadamard import (
-    choose_rotation,
-    find_permutations,
-    group_of,
-    rotate,
-    rotate_as_means,
-    suits_tensor_cores,
-    unrotate,
-    weight_errors,
-    zigzag,
-)
+from tfmq.formats.hadamard import group_of, rotate, rotate_as_means, suits_tensor_cores, unrotate
 from tfmq.formats.int4 import nearest, search_grid, values
 from tfmq.geometry import Geometry
 from tfmq.kernels.table import BACKENDS
 from tfmq.observe.calibration import Calibration
-from tfmq.observe.model import LayerObserver, LayerStatistics
+from tfmq.observe.layer import LayerObserver
+from tfmq.observe.rotation import choose_rotation, find_permutations, weight_errors, zigzag
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.runtime.leaf import QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Recipe, Scheme
 from tfmq.solve.layer import solve_layer

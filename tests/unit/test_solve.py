@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq.decide.plan import static_grid
+from tfmq.decide.grids import static_grid
 from tfmq.formats.affine import dequantize_weight, per_channel
 from tfmq.formats.hadamard import unrotate
 from tfmq.formats.int4 import Grid, values
-from tfmq.observe.model import LayerStatistics
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve.layer import Rounded, size_of, solve_layer
+from tfmq.solve.layer import size_of, solve_layer
+from tfmq.state import Rounded
 
 SHAPES = [(5, 7), (6, 4, 3, 3), (3, 1, 1, 1)]
 

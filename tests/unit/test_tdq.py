@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tfmq.decide import tdq
-from tfmq.decide.plan import static_grid
+from tfmq.decide.grids import static_grid
 from tfmq.formats.affine import quantize_affine, quantize_rows
 from tfmq.observe.calibration import Calibration
-from tfmq.observe.model import BINS, LayerStatistics
+from tfmq.observe.layer import BINS
+from tfmq.observe.statistics import LayerStatistics
 from tfmq.scheme import DYNAMIC, ONE_RANGE, STATIC, TDQ, Plan, Recipe, Scheme
 from tfmq.timeline import Partition, TimeAxis
 

@@ -12,10 +12,10 @@ from ..formats.hadamard import group_of
 from ..formats.int4 import group_for
 from ..kernels.costs import FREE, Costs
 from ..observe.calibration import Calibration
-from ..observe.model import LayerStatistics
+from ..observe.statistics import LayerStatistics
 from ..runtime.branches import BRANCHES
 from ..scheme import DYNAMIC, INT, NONE, STATIC, Plan, Scheme
-from .plan import scheme_of
+from .candidates import scheme_of
 
 FLOAT = 16
 BITS = (4, 8, FLOAT)

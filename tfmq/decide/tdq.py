@@ -5,7 +5,7 @@ at run time, so that it costs nothing there. Here it is trained after the calibr
 gives both ends of the range (so scale and zero point of an affine grid), and its loss is the error |x - q(x)|^2.4 that
 it is expected to make on the histogram of every interval. All layers train at once.
 
-The alternatives that it is measured against are here too: one range for all of time, one per interval (`decide`), and a
+The alternatives that it is measured against are here too: one range for all of time, one per interval (`decide.plan`), and a
 range per token (as the calibration observed it).
 """
 
@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from ..formats.affine import RANGE_NORM, affine_grid, bin_centers, histogram_error, search_range
 from ..observe.calibration import Calibration
-from ..observe.model import LayerStatistics
+from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, STATIC, TDQ, Plan
 from ..temporal.features import sinusoid
 from ..timeline import Partition
-from .plan import static_grid
+from .grids import static_grid
 
 CHANNELS, WIDTH, DEPTH = 32, 64, 3  # of the embedding of t; of the hidden layers; how many (paper: 4 layers are best)
 BINS = 256
@@ -245,7 +245,7 @@ def _ranges(parameters: tuple[Tensor, ...] | list[Tensor], unit: Tensor, embedde
 
 def _expected_error(counts: Tensor, centers: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Expected |x - q(x)|^2.4 [L]: uniform rounding inside the range, the distance to its end outside. The exponent is
-    that of the range search (`quantizer.RANGE_NORM`), so that both aim at the same."""
+    that of the range search (`affine.RANGE_NORM`), so that both aim at the same."""
     low, high = low.unsqueeze(2), high.unsqueeze(2)
     beyond = F.relu(low - centers) + F.relu(centers - high)
     rounding = ((high - low) / (2**bits - 1) / 2).pow(RANGE_NORM) / (RANGE_NORM + 1)

@@ -18,7 +18,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ..decide.budget import Option, fewest_bytes, least_error
-from ..decide.plan import decide, scheme_of
+from ..decide.candidates import scheme_of
+from ..decide.plan import decide
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
 from ..formats.int4 import GROUPS

@@ -26,7 +26,8 @@ from ..observe.calibration import Calibration
 from ..rounding.reconstruct import Result
 from ..runtime.leaf import LeafCore
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
-from ..solve.layer import LayerState, solve_layer
+from ..solve.layer import solve_layer
+from ..state import LayerState
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
 from . import bits, first_run

@@ -20,7 +20,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import copy_nested_dicts
 from torch import Tensor
 
-from ..decide.plan import static_grid
+from ..decide.grids import static_grid
 from ..decide.tdq import over_time
 from ..errors import TfmqError
 from ..files import VERSION

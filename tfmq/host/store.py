@@ -30,7 +30,7 @@ from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact
 from ..geometry import Geometry, geometry_of
 from ..runtime.packed_codes import plain
 from ..scheme import INT, Plan
-from ..solve.layer import LayerState
+from ..state import LayerState
 from ..timeline import Clock, Partition, TimeAxis
 from .leaf import nf4
 from .leaf.layout import codes_of

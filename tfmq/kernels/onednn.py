@@ -219,7 +219,7 @@ def _affine(grid: StaticInput, width: int) -> _Affine:
 
 
 def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
-    """rows float [M, K] -> codes uint8 into `out`, a view of as many entries; as `quantizer.quantize_affine`."""
+    """rows float [M, K] -> codes uint8 into `out`, a view of as many entries; as `affine.quantize_affine`."""
     block = _scratch.take(*rows.shape)
     block.copy_(rows.detach())
     affine.scale(block)

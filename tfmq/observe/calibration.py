@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..timeline import Partition, TimeAxis
-from .model import LayerStatistics
 from .samples import Samples
+from .statistics import LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Scalar = str | int | float | bool | None
 @dataclass(frozen=True)
 class CallSample:
     """One row of a model call. x: latents without the batch dimension; sigma; interval of the time axis; branch
-    (`guidance`); run: number of the prompt; conditions: what else the model was called with, name -> tensor without
+    (`branches`); run: number of the prompt; conditions: what else the model was called with, name -> tensor without
     the batch dimension, or scalar. Rows share tensors that are equal."""
 
     x: Tensor

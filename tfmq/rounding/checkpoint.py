@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import files
 from ..errors import TfmqError
 from ..formats.int4 import Grid
-from ..solve.layer import Rounded
+from ..state import Rounded
 from .units import Unit
 
 KIND = "rounding"

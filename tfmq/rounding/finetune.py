@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..solve.layer import Rounded
+from ..state import Rounded
 from . import tree
 from .adaround import Draw, Group, fit
 from .forwards import plain_parameters

@@ -21,7 +21,7 @@ from ..solve.gptq8 import round_to_8_bits
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of a batch are: interval and branch (`guidance`), int64 [B] on the device of the model."""
+    """What the rows of a batch are: interval and branch (`branches`), int64 [B] on the device of the model."""
 
     interval: Tensor
     branch: Tensor

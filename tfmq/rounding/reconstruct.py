@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import TfmqError
 from ..formats import int4
-from ..solve.layer import Rounded
+from ..state import Rounded
 from . import tree
 from .adaround import Call, Group, Settings, Starting, adaround, measure
 from .checkpoint import read_unit, write_unit

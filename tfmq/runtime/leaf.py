@@ -30,7 +30,7 @@ from ..kernels.table import (
 )  # fmt: skip
 from ..kernels.triton.tune import capturing
 from ..scheme import NONE
-from ..solve.layer import LayerState
+from ..state import LayerState
 from ..timeline import Clock
 from .branches import split
 from .grids import Row
@@ -72,7 +72,7 @@ class LeafCore(nn.Module):
         self.readers = 1
 
     def _how_it_reads(self) -> Reading | None:
-        """As `last_input.Reader.reading`."""
+        """As `shared_input.Reader.reading`."""
         if self.geometry.is_conv or self.scheme.activation == NONE or self.scheme.branches > 1:
             return None
         tables = [getattr(self, name) for name in TABLES]

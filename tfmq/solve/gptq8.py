@@ -32,7 +32,7 @@ def round_to_8_bits(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def compensated(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
-    """weight [N, K, ...] float, scale float32 [N] -> int8 codes [N, K, ...] as `quantizer.quantize_weight`.
+    """weight [N, K, ...] float, scale float32 [N] -> int8 codes [N, K, ...] as `affine.quantize_weight`.
 
     rows: a sample of what the weight is multiplied by, float [R, K'] in the order of `weight.flatten(1)`.
     """

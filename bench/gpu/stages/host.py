@@ -18,7 +18,7 @@ from tfmq.kernels.table import pick
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
-from tfmq.solve.layer import LayerState
+from tfmq.state import LayerState
 from tfmq.timeline import Clock, Partition, TimeAxis
 
 CALLS, ROUNDS = 100, 5

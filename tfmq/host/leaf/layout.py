@@ -15,7 +15,7 @@ from ...formats.hadamard import rotate, unrotate
 from ...formats.int4 import Grid, Packed, nearest, pack, to_columns
 from ...runtime.packed_codes import PackedCodes, plain
 from ...scheme import INT
-from ...solve.layer import LayerState
+from ...state import LayerState
 from . import nf4
 
 NAME, NAME_4 = "TFMQInt8Layout", "TFMQInt4Layout"
@@ -76,7 +76,7 @@ class Int8Layout(QuantizedLayout):
 
 
 class Int4Layout(QuantizedLayout):
-    """Packed 4-bit codes [N, K' / 2] (`grouped`), a scale per output channel, factor and zero per group."""
+    """Packed 4-bit codes [N, K' / 2] (`int4`), a scale per output channel, factor and zero per group."""
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):

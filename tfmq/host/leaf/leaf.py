@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...geometry import Geometry, Norm, geglu
 from ...runtime.leaf import TABLES, LeafCore
 from ...scheme import INT, NONE
-from ...solve.layer import LayerState
+from ...state import LayerState
 from ...timeline import Clock
 from . import nf4
 from .layout import codes_of, packed, quantized_tensor, reordered

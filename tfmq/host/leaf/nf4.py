@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...errors import TfmqError
 from ...scheme import INT, Plan, Scheme
-from ...solve.layer import LayerState
+from ...state import LayerState
 
 NAME = "TFMQBlock4Layout"
 BLOCK = 64  # entries of a row-major weight that share a scale

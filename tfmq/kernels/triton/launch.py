@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
     """A weight as the kernels read it. Columns in the order [kh, kw, C'], C' channels.
 
     codes: int8 [N, kh * kw * C'], C' a multiple of 16, zeros where there is no channel; or packed 4-bit codes, uint8
-    [N, kh * kw * C / 2], with factor and zero, uint8 [N, kh * kw * C / group] (`grouped.Packed`). scale float32 [N];
+    [N, kh * kw * C / 2], with factor and zero, uint8 [N, kh * kw * C / group] (`int4.Packed`). scale float32 [N];
     sums int32 [N] of the int8 codes per output channel; group: 0 for int8 codes.
     """
 

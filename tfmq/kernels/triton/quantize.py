@@ -1,6 +1,6 @@
 """Quantization in one pass in Triton: of images with their border and of rows on a static grid, of rows on their own.
 
-The order of the operations is that of `quantizer.quantize_affine` and `quantize_rows`, with divisions rounded as torch
+The order of the operations is that of `affine.quantize_affine` and `quantize_rows`, with divisions rounded as torch
 rounds them, so that the codes are the same ones. Launch these with `enable_fp_fusion=False`: a product that is fused
 with the sum behind it is not rounded on its own.
 """
