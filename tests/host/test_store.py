@@ -180,6 +180,23 @@ def test_a_clone_onto_a_network_of_its_own(quantized, saved):
         assert inside and all(module.clock is clock for module in inside)
 
 
+def test_a_clone_for_another_gpu_has_leaves_of_its_own(quantized, saved):
+    """It runs at the same time, in another thread; tables and weights of one leaf cannot be in two places."""
+    for source in (quantized, load(saved)[0]):
+        source = source.clone()
+        if source.cached_patcher_init is None:
+            source.cached_patcher_init = patchers.load, ()
+        with torch.inference_mode():
+            clone = source.deepclone_multigpu(new_load_device=torch.device("cpu"))
+            again = source.clone(model_override=clone.get_clone_model_override())  # as the host does before each run
+        ours, theirs, later = (patchers.leaves(one) for one in (source, clone, again))
+        assert ours.keys() == theirs.keys() and not {*ours.values()} & {*theirs.values()}
+        assert all(later[path] is leaf for path, leaf in theirs.items())
+        assert all(leaf.clock is ours[path].clock for path, leaf in theirs.items())
+        picture = patchers.sample(source)
+        assert torch.equal(patchers.sample(clone), picture) and torch.equal(patchers.sample(again), picture)
+
+
 def test_v_prediction_is_kept_or_announced(base):
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 

@@ -1,4 +1,4 @@
-"""The first call of a MODEL on a GPU compiles its kernels, which takes a minute or more: a bar in the node that runs.
+"""The first call of a MODEL on a GPU compiles its kernels, which takes a while: a bar in the node that runs.
 
 Which kernels it needs depends on the size of the picture, so that nothing can be compiled before. An interrupt is taken
 between two of them.

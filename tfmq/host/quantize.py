@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,6 +52,7 @@ from .temporal import quantize as temporal_quant
 from .temporal.leaf import TemporalLinear, TemporalState, finite_set_clock
 
 WRAPPER = "tfmq_clock"
+OWN_LEAVES = "tfmq_own_leaves"  # of a network: leaf of the MODEL -> its copy there
 SECONDS_BETWEEN_LINES = 15.0  # of the log, while weights are rounded
 SMALL_BYTES = 16 * 1024  # of a module, up to which the host's dynamic loading loads it whole
 WEIGHT_ALONE = "weight_alone"  # what a layer with activations in float is listed under
@@ -232,6 +235,7 @@ def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
     attention.attach(patcher)
     patcher.state_dict_for_saving = _refuse_to_save
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, WRAPPER, _settle)
+    patcher.add_callback_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, WRAPPER, _part)
     _fuse(patcher, quantized.plan)
     patcher.size = size
     patcher.patches_uuid = uuid.uuid4()  # without a new one the host takes the leaves for loaded and leaves them be
@@ -256,6 +260,7 @@ def _settle(patcher: ModelPatcher, clone: ModelPatcher) -> None:
     clone.state_dict_for_saving = _refuse_to_save
     if clone.model is patcher.model:
         return
+    _give_own_leaves(clone)
     quantized = require_quantized(clone)
     for module in clone.model.diffusion_model.modules():
         if isinstance(module, TemporalLinear) and quantized.temporal_clock is not None:
@@ -263,6 +268,25 @@ def _settle(patcher: ModelPatcher, clone: ModelPatcher) -> None:
         elif isinstance(module, LeafCore):
             module.clock = quantized.clock
     _fuse(clone, quantized.plan)
+
+
+def _part(patcher: ModelPatcher, clone: ModelPatcher) -> None:
+    """ON_DEEPCLONE_MULTIGPU callback. The clone will run on another GPU at the same time, in a thread of its own: it
+    must not have leaves in common with the MODEL. The host clones onto that network again for every run."""
+    setattr(clone.model, OWN_LEAVES, weakref.WeakKeyDictionary())
+    _give_own_leaves(clone)
+
+
+def _give_own_leaves(clone: ModelPatcher) -> None:
+    """Where the network is one of another GPU: copies of the leaves, the same ones each time."""
+    own = getattr(clone.model, OWN_LEAVES, None)
+    if own is None:
+        return
+    for key, leaf in clone.object_patches.items():
+        if isinstance(leaf, LeafCore):
+            if leaf not in own:
+                own[leaf] = copy.deepcopy(leaf)
+            clone.object_patches[key] = own[leaf]
 
 
 def state_to(state: LayerState, device: Any) -> LayerState:
