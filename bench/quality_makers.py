@@ -28,7 +28,7 @@ class Source:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def module(self, name: str) -> ModuleType:
-        """A module of the pack, such as "host.swap"."""
+        """A module of the pack, such as "host.quantize"."""
         return sys.modules[f"{self.pack.__name__}.tfmq.{name}"]
 
     @cached_property
@@ -42,7 +42,7 @@ class Source:
         return self.kinds_of(preset("W8A8")(self))
 
     def kinds_of(self, model: Any) -> dict[str, str]:
-        return self.module("host.swap").require_quantized(model).kinds
+        return self.module("host.quantize").require_quantized(model).kinds
 
     @property
     def linears(self) -> list[str]:
@@ -69,7 +69,7 @@ def ours(recipe: Any) -> Maker:
     """By the code behind TFMQ Quantize."""
 
     def quantize(source: Source) -> Any:
-        return source.module("host.swap").quantize(source.model, source.calibrated[0], recipe, lambda *_: None)
+        return source.module("host.quantize").quantize(source.model, source.calibrated[0], recipe, lambda *_: None)
 
     return quantize
 

@@ -44,7 +44,7 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
     from .quality import DEMO, Setting, calibrate, encode, finite, load, read_prompts, sample, say
 
     # The classes of the pack as the host knows it: a second import of `tfmq` would have classes of its own.
-    tdq, swap, scheme = (_module(pack, name) for name in ("temporal.tdq", "host.swap", "scheme"))
+    tdq, swap, scheme = (_module(pack, name) for name in ("decide.tdq", "host.quantize", "scheme"))
     model, clip, vae = load(checkpoint or demo_checkpoint.ensure())
     texts = read_prompts(prompts or Path(__file__).resolve().parent.parent / "demo" / "prompts.txt")
     wanted = texts[:pictures]
@@ -110,7 +110,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
     from .quality import CALIBRATION_SEED, empty_latent
 
     calibrating, host_model, observe, timeline, clocks = (
-        _module(pack, name) for name in ("host.calibrate", "host.model", "observe", "timeline", "host.clock")
+        _module(pack, name) for name in ("host.calibrate", "host.model", "observe.model", "timeline", "host.call")
     )
     clock = timeline.Clock(calibration.axis, calibration.partition)
     modules = host_model.candidates(model.model.diffusion_model)
@@ -138,7 +138,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
 
 def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) -> dict[str, float]:
     """Rule -> mean layer error of one static 8-bit range that was learnt from the intervals where the rule looks."""
-    tdq, times = _module(pack, "temporal.tdq"), _module(pack, "temporal.sampling_times")
+    tdq, times = _module(pack, "decide.tdq"), _module(pack, "observe.sampling_times")
     sampling = model.get_model_object("model_sampling")
     edges = torch.tensor([0.0, *calibration.partition.edges, 1.0]) * 999
     points = torch.arange(1000).float()

@@ -73,7 +73,7 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
 
     swap, scheme, store, tables, files = (
         import_module(f"{pack.__name__}.tfmq.{part}")
-        for part in ("host.swap", "scheme", "host.store", "host.temporal_table", "files")
+        for part in ("host.quantize", "scheme", "host.store", "host.temporal.table", "files")
     )
     path = checkpoint or demo_checkpoint.ensure()
     model, clip, vae = load(path)

@@ -19,7 +19,8 @@ Where the recipe leaves convolutions in float, these take most of the time, and 
 less error is enough for a rotation.
 
 A static layer gets a grid of its own for conditional and unconditional rows where that lowers the squared error by
-a fifth or more (`observe.branches`). A convolution is always static: its inputs overlap, so that no scale per token exists.
+a fifth or more (`observe.branches`). A convolution is always static: its inputs overlap, so that no scale per token
+exists.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ at run time, so that it costs nothing there. Here it is trained after the calibr
 gives both ends of the range (so scale and zero point of an affine grid), and its loss is the error |x - q(x)|^2.4 that
 it is expected to make on the histogram of every interval. All layers train at once.
 
-The alternatives that it is measured against are here too: one range for all of time, one per interval (`decide.plan`), and a
-range per token (as the calibration observed it).
+The alternatives that it is measured against are here too: one range for all of time, one per interval
+(`decide.grids`), and a range per token (as the calibration observed it).
 """
 
 from __future__ import annotations
