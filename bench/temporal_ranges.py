@@ -112,13 +112,14 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
     calibrating, host_model, observe, timeline, clocks = (
         _module(pack, name) for name in ("host.calibrate", "host.model", "observe.model", "timeline", "host.call")
     )
+    branches = _module(pack, "runtime.branches")
     clock = timeline.Clock(calibration.axis, calibration.partition)
     modules = host_model.candidates(model.model.diffusion_model)
     observer = observe.ModelObserver([(p, m) for p, m in modules.items() if p in calibration.layers], clock)
     for path, own in observer.observers.items():
         known = calibration.layers[path]
         own.balance, own.bin_low, own.bin_high = known.balance, known.bin_low.clone(), known.bin_high.clone()
-        own.histogram = torch.zeros(_module(pack, "runtime.branches").BRANCHES, *known.histogram.shape, dtype=torch.int64)
+        own.histogram = torch.zeros(branches.BRANCHES, *known.histogram.shape, dtype=torch.int64)
     clone = model.clone()
 
     def watch(executor: Any, x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
