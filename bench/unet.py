@@ -137,13 +137,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context: int, heads: int, depth: int, linear: bool, nchw: bool = False) -> None:
         super().__init__()
+        # Of the images that it makes.
         self.order = torch.contiguous_format if nchw else torch.channels_last
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
-        self.order = torch.channels_last  # of the images that it makes
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         b, c, height, width = x.shape

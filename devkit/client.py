@@ -75,8 +75,10 @@ class Client:
         self._request("/interrupt", b"{}")
 
     def free(self, unload_models: bool = True) -> None:
-        """Ask the host to drop cached results, and the models with them."""
+        """Have the host drop cached results, and the models with them, and wait until it did."""
         self._request("/free", json.dumps({"unload_models": unload_models, "free_memory": True}).encode())
+        # It looks at what was asked when it has run a graph, or wakes up: so behind this one it has looked.
+        self.queue({"wait": {"class_type": "PreviewAny", "inputs": {"source": "waited"}}})
 
     def queue(self, prompt: Prompt, on_progress: Progress | None = None, timeout: float = 600.0) -> Result:
         """Run a graph in API format and wait for its end.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tfmq.decide.grids import static_grid
 from tfmq.errors import TfmqError
-from tfmq.observe import model
 from tfmq.observe.balance import choose_balance
 from tfmq.observe.layer import BINS, KEPT, LayerObserver
 from tfmq.observe.model import ModelObserver
@@ -218,7 +217,7 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
 
 
 def test_the_sample_moves_and_the_ranges_see_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "SAMPLE", 60)
+    monkeypatch.setattr("tfmq.observe.layer.SAMPLE", 60)
     layer = nn.Linear(6, 4)
     observer = LayerObserver(layer, 1)
     x = torch.arange(100.0).unsqueeze(1).repeat(1, 6)
