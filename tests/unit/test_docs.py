@@ -12,7 +12,7 @@ from devkit.paths import ROOT, WORKFLOWS
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "web/docs/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "web/docs/**/*.md")
     for path in ROOT.glob(pattern)
 )
 # In a code span: a path of this repository, with its folder.
@@ -36,6 +36,12 @@ def missing_paths(content: str) -> list[str]:
     """Paths in code spans that are not in the repository."""
     named = (match for span in SPAN.findall(content) for match in PATH.findall(span) if span.startswith(match))
     return [path for path in named if not (ROOT / path).exists()]
+
+
+def anchors(content: str) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.+)$", content, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def commands(content: str) -> list[list[str]]:
@@ -107,6 +113,32 @@ def test_every_help_page_names_every_input_of_its_node():
 def test_every_example_workflow_has_a_thumbnail():
     for file in WORKFLOWS.glob("*.json"):
         assert file.with_suffix(".jpg").is_file(), f"{file.name} has no picture of the same name"
+
+
+def test_every_decision_is_in_the_index_and_says_what_was_chosen_where():
+    pages = [page for page in (ROOT / "docs" / "decisions").glob("*.md") if page.name != "README.md"]
+    assert len(pages) > 20
+    for page in pages:
+        assert f"]({page.name})" in text("docs/decisions/README.md"), f"{page.name} is not in the index"
+        missing = [
+            part
+            for part in ("**Question.**", "**Chosen.**", "**Code.**")
+            if part not in text(f"docs/decisions/{page.name}")
+        ]
+        assert not missing, f"{page.name} lacks {missing}"
+
+
+def test_links_to_a_part_of_a_page_find_it():
+    for document in DOCUMENTS:
+        for link in LINK.findall(text(document)):
+            target, _, part = link.partition("#")
+            if part and "://" not in link:
+                page = (ROOT / document).parent / target if target else ROOT / document
+                assert part in anchors(page.read_text(encoding="utf-8")), f"{document}: {link}"
+
+
+def test_anchors_are_those_of_github():
+    assert anchors("# A b\n\n## `x` and y, z\n\ntext # no\n") == {"a-b", "x-and-y-z"}
 
 
 def test_pictures_are_small():
