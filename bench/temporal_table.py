@@ -71,9 +71,9 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
     from bench.temporal_error import adherence_of
     from tfmq.report import metrics
 
-    swap, scheme, store, tables, files = (
+    swap, record, scheme, store, tables, files = (
         import_module(f"{pack.__name__}.tfmq.{part}")
-        for part in ("host.quantize", "scheme", "host.store", "host.temporal.table", "files")
+        for part in ("host.quantize", "host.quantized", "scheme", "host.store", "host.temporal.table", "files")
     )
     path = checkpoint or demo_checkpoint.ensure()
     model, clip, vae = load(path)
@@ -93,7 +93,7 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
             file = store.save(quantized, f"bench/{kind}", kind)
             found[f"file_bytes_{kind}"] = file.stat().st_size
             loaded = store.load(str(file))
-            found[f"network_bytes_{kind}"] = swap.require_quantized(loaded).bytes_after
+            found[f"network_bytes_{kind}"] = record.require_quantized(loaded).bytes_after
             made[kind] = sample(loaded, setting)
             found[f"psnr_db_{kind}_to_float32"] = finite(metrics.psnr(reference, made[kind]))
             found |= {f"{name}_{kind}": v for name, v in adherence_of(made[kind], wanted, checkpoint).items()}

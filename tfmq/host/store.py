@@ -36,7 +36,7 @@ from .leaf import nf4
 from .leaf.layout import codes_of
 from .leaf.leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
-from .quantize import Quantized, attach, backends_of, require_quantized
+from .quantized import Quantized, attach, backends_of, require_quantized
 from .temporal import table as temporal_table
 from .temporal.leaf import TemporalLinear, finite_set_clock, from_file, to_file
 

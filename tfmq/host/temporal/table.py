@@ -131,8 +131,8 @@ def make(
                 f'Temporal layer {path} is quantized already, so a table of it would keep that error: choose "float" '
                 'as temporal in TFMQ Quantize, or "weights" here.'
             )
-    graph = _shell(network)
-    source = _Source(graph, _embedding(network), baked)
+    graph = _shell(network, tib)
+    source = _Source(graph, _embedding(network, tib, graph), baked)
     inner = inner_layers(graph, tib.architecture)
     layers = {path: source.function(path) for path in graph.layers if path not in inner}
     sampling = patcher.get_model_object("model_sampling")
@@ -177,24 +177,23 @@ def _is_integer(weight: Any) -> bool:
     return not isinstance(weight, Tensor) or not weight.dtype.is_floating_point
 
 
-def _shell(network: nn.Module) -> TemporalGraph:
+def _shell(network: nn.Module, tib: Tib) -> TemporalGraph:
     """The wiring of the TIB, with empty weights: those of a large model are too many to hold twice."""
     none = torch.zeros(1, 1)
-    names = [f"{path}.{part}" for path in find_tib(network).layers for part in ("weight", "bias")]
-    return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none))
+    names = [f"{path}.{part}" for path in tib.layers for part in ("weight", "bias")]
+    return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none), tib=tib)
 
 
 class _Caught(Exception):
     pass
 
 
-def _embedding(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def _embedding(network: nn.Module, tib: Tib, graph: TemporalGraph) -> Callable[[Tensor], Tensor]:
     """t [T] -> what the first layer of the network's own embedder gets, float32."""
-    tib = find_tib(network)
     found = projections_of(network, tib)
     if found is None:
         raise TfmqError(f'The embedding of t of this {tib.architecture} model is not known: choose "weights".')
-    spec, first = found[0], next(iter(_shell(network).layers))
+    spec, first = found[0], next(iter(graph.layers))
 
     def embed(t: Tensor) -> Tensor:
         caught: list[Tensor] = []
