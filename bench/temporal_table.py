@@ -18,6 +18,7 @@ from demo import checkpoint as demo_checkpoint
 from devkit.inprocess import PACK_MODULE, load_pack
 from tfmq.temporal.curve import GRID, KNOTS, LOW_RANK, POINTS, RANKS, ROWS, fit
 from tfmq.temporal.features import TemporalGraph, TemporalLayer, inner_layers, sinusoid, temporal_graph
+from tfmq.temporal.table import MANIFEST
 from tfmq.temporal.tib import find_tib
 from tfmq.timeline import TimeAxis
 
@@ -98,7 +99,7 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
             found[f"psnr_db_{kind}_to_float32"] = finite(metrics.psnr(reference, made[kind]))
             found |= {f"{name}_{kind}": v for name, v in adherence_of(made[kind], wanted, checkpoint).items()}
             if kind == tables.TABLE:
-                found |= _about(files.read_manifest(file, files.MODEL)[tables.MANIFEST])
+                found |= _about(files.read_manifest(file, files.MODEL)[MANIFEST])
     found["psnr_db_table_to_weights"] = finite(metrics.psnr(made[tables.WEIGHTS], made[tables.TABLE]))
     say(f"temporal table: {found['psnr_db_table_to_weights']} dB to the weights")
     # The table alone, everything else in float32.

@@ -24,18 +24,23 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED = "torch.compile"  # under which the host's own node hangs its wrapper
 
 
-def require_float_model(patcher: Any) -> None:
-    """Leaves a MODEL in float with nothing of another clone in its network.
-
-    Raises TfmqError if this is no diffusion model or its weights are quantized already.
-    """
-    model = getattr(patcher, "model", None)
-    network = getattr(model, "diffusion_model", None)
+def diffusion_model_of(patcher: Any) -> nn.Module:
+    """The network inside a MODEL. Raises TfmqError if there is none."""
+    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     if not isinstance(patcher, ModelPatcher) or not isinstance(network, nn.Module):
         raise TfmqError(
             "The model input is not a diffusion MODEL: connect the MODEL output of a checkpoint or diffusion model "
             "loader."
         )
+    return network
+
+
+def require_float_model(patcher: Any) -> None:
+    """Leaves a MODEL in float with nothing of another clone in its network.
+
+    Raises TfmqError if this is no diffusion model or its weights are quantized already.
+    """
+    network = diffusion_model_of(patcher)
     if patcher.attachments.get(ATTACHMENT) is not None:
         raise TfmqError("This MODEL is already quantized by TFMQ: connect the one that goes into TFMQ Quantize.")
     compiled = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED)
