@@ -14,7 +14,7 @@ from .nodes_report import TemporalReport
 from .tfmq.errors import TfmqError
 from .tfmq.formats.int4 import GROUPS
 from .tfmq.host import calibrate as calibration
-from .tfmq.host import quantize, store, summary
+from .tfmq.host import quantize, quantized, store, summary
 from .tfmq.host.temporal import cache as temporal_cache
 from .tfmq.host.temporal import quantize as temporal_quant
 from .tfmq.host.temporal import table as temporal_table
@@ -279,7 +279,7 @@ class Quantize(io.ComfyNode):
             wanted = replace(wanted, quality=quality_db)
         bar = comfy.utils.ProgressBar(1)
         result = quantize.quantize(model, calibration.load(), wanted, bar.update_absolute, plan)
-        record = quantize.require_quantized(result)
+        record = quantized.require_quantized(result)
         text = summary.text(record)
         return io.NodeOutput(result, text, summary.report(record), ui=ui.PreviewText(text))
 
@@ -344,7 +344,7 @@ class Load(io.ComfyNode):
         if path is None:
             raise TfmqError(f"{model_name} is no longer in ComfyUI's {store.FOLDER} folders: choose another file.")
         model = store.load(path)
-        text = summary.text(quantize.require_quantized(model))
+        text = summary.text(quantized.require_quantized(model))
         warning = store.sampling_warning(model)
         text = f"{text}\nnote: {warning}" if warning else text
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))

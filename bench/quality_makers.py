@@ -42,7 +42,7 @@ class Source:
         return self.kinds_of(preset("W8A8")(self))
 
     def kinds_of(self, model: Any) -> dict[str, str]:
-        return self.module("host.quantize").require_quantized(model).kinds
+        return self.module("host.quantized").require_quantized(model).kinds
 
     @property
     def linears(self) -> list[str]:

@@ -76,7 +76,7 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
         for name, wishes in recipes.items():
             recipe = scheme.Recipe(f"W8A{bits}", 8, bits, branches_apart=False, **wishes)
             quantized = swap.quantize(model, calibration, recipe, lambda *_: None)
-            plan = swap.require_quantized(quantized).plan
+            plan = _module(pack, "host.quantized").require_quantized(quantized).plan
             made = sample(quantized, setting)
             found[name] = {"psnr_db": finite(metrics.psnr(reference, made)), **adherence_of(made, wanted, checkpoint)}
             say(f"ranges: {bits} bits, {name}: {found[name]['psnr_db']} dB")
@@ -109,12 +109,12 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
 
     from .quality import CALIBRATION_SEED, empty_latent
 
-    calibrating, host_model, observe, timeline, clocks = (
-        _module(pack, name) for name in ("host.calibrate", "host.model", "observe.model", "timeline", "host.call")
+    calibrating, network, observe, timeline, clocks = (
+        _module(pack, name) for name in ("host.calibrate", "host.network", "observe.model", "timeline", "host.call")
     )
     branches = _module(pack, "runtime.branches")
     clock = timeline.Clock(calibration.axis, calibration.partition)
-    modules = host_model.candidates(model.model.diffusion_model)
+    modules = network.Network.of(model).layers
     observer = observe.ModelObserver([(p, m) for p, m in modules.items() if p in calibration.layers], clock)
     for path, own in observer.observers.items():
         known = calibration.layers[path]

@@ -18,6 +18,7 @@ from demo import checkpoint as demo_checkpoint
 from devkit.inprocess import PACK_MODULE, load_pack
 from tfmq.temporal.curve import GRID, KNOTS, LOW_RANK, POINTS, RANKS, ROWS, fit
 from tfmq.temporal.features import TemporalGraph, TemporalLayer, inner_layers, sinusoid, temporal_graph
+from tfmq.temporal.table import MANIFEST
 from tfmq.temporal.tib import find_tib
 from tfmq.timeline import TimeAxis
 
@@ -71,9 +72,9 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
     from bench.temporal_error import adherence_of
     from tfmq.report import metrics
 
-    swap, scheme, store, tables, files = (
+    swap, record, scheme, store, tables, files = (
         import_module(f"{pack.__name__}.tfmq.{part}")
-        for part in ("host.quantize", "scheme", "host.store", "host.temporal.table", "files")
+        for part in ("host.quantize", "host.quantized", "scheme", "host.store", "host.temporal.table", "files")
     )
     path = checkpoint or demo_checkpoint.ensure()
     model, clip, vae = load(path)
@@ -93,12 +94,12 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
             file = store.save(quantized, f"bench/{kind}", kind)
             found[f"file_bytes_{kind}"] = file.stat().st_size
             loaded = store.load(str(file))
-            found[f"network_bytes_{kind}"] = swap.require_quantized(loaded).bytes_after
+            found[f"network_bytes_{kind}"] = record.require_quantized(loaded).bytes_after
             made[kind] = sample(loaded, setting)
             found[f"psnr_db_{kind}_to_float32"] = finite(metrics.psnr(reference, made[kind]))
             found |= {f"{name}_{kind}": v for name, v in adherence_of(made[kind], wanted, checkpoint).items()}
             if kind == tables.TABLE:
-                found |= _about(files.read_manifest(file, files.MODEL)[tables.MANIFEST])
+                found |= _about(files.read_manifest(file, files.MODEL)[MANIFEST])
     found["psnr_db_table_to_weights"] = finite(metrics.psnr(made[tables.WEIGHTS], made[tables.TABLE]))
     say(f"temporal table: {found['psnr_db_table_to_weights']} dB to the weights")
     # The table alone, everything else in float32.

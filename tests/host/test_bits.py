@@ -113,9 +113,10 @@ def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
     with torch.inference_mode():
         mixed = patchers.quantize(base, calibration, "W4A8", plan=json.dumps(data))
         read, plan = calibration.load(), mixed.attachments["tfmq"].plan
-        layers = reconstruct.layers_of(base, read, plan)
+        network = patchers.module("tfmq.host.network").Network.of(base)
+        layers = reconstruct.layers_of(network, read, plan, {})
         for name in names:
-            layer, weight = layers[name], base.model.diffusion_model.get_submodule(name).weight
+            layer, weight = layers[name], network.layers[name].weight
             layer.round_to_8_bits(solve.as_multiplied(plan.layers[name], read.layers[name], weight.float()))
             assert layer.sample is not None
             found = patchers.module("tfmq.host.leaf.layout").codes_of(patchers.leaves(mixed)[name].weight._qdata)

@@ -20,6 +20,8 @@ adaround = patchers.module("tfmq.rounding.adaround")
 model = patchers.module("tfmq.host.model")
 store = patchers.module("tfmq.host.store")
 swap = patchers.module("tfmq.host.quantize")
+network_of = patchers.module("tfmq.host.network").Network.of
+require_quantized = patchers.module("tfmq.host.quantized").require_quantized
 BALANCED = adaround.Settings(iterations=0, scale_iterations=2, batch=4, rate=1e-3)
 RATES = {"activation_rate": 1e-3, "weight_rate": 1e-3, "bias_rate": 1e-3}
 
@@ -40,9 +42,8 @@ def calibrated(patcher: Any, of: tiny.Tiny, **options: Any) -> Any:
 
 def mostly_eight(patcher: Any) -> str:
     """A plan with 4 bits in one block alone, which takes a tenth of the time."""
-    network = patcher.model.diffusion_model
-    keep = model.kept_in_float(network)
-    eight = [p for p in model.candidates(network) if p not in keep and not p.startswith("input_blocks.1.")]
+    network = network_of(patcher)
+    eight = [p for p in network.layers if p not in network.keep and not p.startswith("input_blocks.1.")]
     return json.dumps({"layers": dict.fromkeys(eight, 8)})
 
 
@@ -72,7 +73,7 @@ def test_a_fine_tuned_unet_is_saved_with_its_time_embedding(
         assert "fine-tuned" in rounding.note and rounding.note in summary
         assert json.loads(report)["plan"]["recipe"]["rounding"] == "best+"
         # The biases of the time embedding ride on the MODEL as patches, and only on the clone.
-        plan = swap.require_quantized(quantized).plan
+        plan = require_quantized(quantized).plan
         keys = {f"diffusion_model.{path}.bias" for path in rounding.biases if path not in plan.layers}
         assert keys and keys == set(quantized.patches) and not patcher.patches
         assert any("emb_layers" in key for key in keys) and any("time_embed" in key for key in keys)
@@ -107,9 +108,9 @@ def test_an_interrupt_in_the_last_stage_leaves_the_model_as_it_was(tmp_path: Pat
         fast = dataclasses.replace(recipe, rounding="nearest")
         with torch.inference_mode():
             calibration = handle.load()
-            plan = swap.require_quantized(swap.quantize(patcher, calibration, fast, lambda *_: None)).plan
+            plan = require_quantized(swap.quantize(patcher, calibration, fast, lambda *_: None)).plan
             with pytest.raises(Interrupted):
-                host.run(patcher, calibration, plan, "best+", stop)
+                host.run(network_of(patcher), calibration, plan, {}, "best+", stop)
     assert told == sorted(told) and all(0 <= share <= 1 for share in told)
     assert all(torch.equal(value, before[key]) for key, value in patchers.weights(patcher).items())
     assert not any("forward" in m.__dict__ for m in patcher.model.diffusion_model.modules())
@@ -121,5 +122,5 @@ def test_blocks_that_write_in_place_are_fine_tuned(tmp_path: Path, short: None) 
     with patchers.files_in(tmp_path):
         handle = calibrated(patcher, tiny.FLUX, latent={"samples": torch.zeros(1, 16, 8, 8)})
         quantized = patchers.quantize(patcher, handle, "W4A8", effort="best+")
-    note = swap.require_quantized(quantized).rounding
+    note = require_quantized(quantized).rounding
     assert "error of the prediction" in note or "balanced kept" in note

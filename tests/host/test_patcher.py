@@ -264,11 +264,16 @@ def test_what_dynamic_loading_puts_back_by_its_path_meets_no_leaf(base, quantize
     assert torch.equal(patchers.sample(quantized), expected)
 
 
+def test_small_layers_are_those_that_dynamic_loading_loads_whole():
+    layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
+    assert list(patchers.module("tfmq.host.network").too_small(layers)) == ["small"]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
-    layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
-    found = patchers.module("tfmq.host.quantize").too_small(SimpleNamespace(is_dynamic=lambda: dynamic), layers)
-    assert list(found) == (["small"] if dynamic else [])
+    model = SimpleNamespace(diffusion_model=nn.ModuleDict({"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}))
+    found = patchers.module("tfmq.host.network").Network.of(SimpleNamespace(model=model, is_dynamic=lambda: dynamic))
+    assert list(found.keep) == (["small"] if dynamic else [])
 
 
 def test_the_hosts_own_saving_says_what_to_use(base, quantized, saved_by_the_host):

@@ -17,6 +17,7 @@ adaround = patchers.module("tfmq.rounding.adaround")
 costs = patchers.module("tfmq.kernels.costs")
 decide = patchers.module("tfmq.decide.plan")
 model = patchers.module("tfmq.host.model")
+networks = patchers.module("tfmq.host.network")
 scheme = patchers.module("tfmq.scheme")
 SHORT = adaround.Settings(iterations=3, scale_iterations=2, batch=4, rate=1e-3)
 
@@ -30,16 +31,15 @@ def calibrated(folder: Path, patcher: Any, of: tiny.Tiny, **options: Any) -> Any
 
 
 def planned(patcher: Any, calibration: Any) -> Any:
-    network = model.require_float_model(patcher)
-    modules = model.candidates(network)
-    kinds = {path: "conv2d" if isinstance(m, torch.nn.Conv2d) else "linear" for path, m in modules.items()}
+    model.require_float_model(patcher)
+    network = networks.Network.of(patcher)
     recipe = scheme.Recipe("W4A8", weight_bits=4, group=32)
-    return decide.decide(recipe, calibration, kinds, model.kept_in_float(network), costs.Costs(2.0))
+    return decide.decide(recipe, calibration, network.kinds, network.keep, costs.Costs(2.0))
 
 
 def rounded(folder: Path, patcher: Any, calibration: Any, plan: Any, preset: str, **options: Any) -> Any:
     with patchers.files_in(folder), torch.inference_mode():
-        return host.run(patcher, calibration, plan, preset, lambda *_: None, **options)
+        return host.run(networks.Network.of(patcher), calibration, plan, {}, preset, lambda *_: None, **options)
 
 
 @pytest.mark.parametrize("of", [tiny.FLUX, tiny.SD3, tiny.WAN], ids=lambda of: of.name)
@@ -64,7 +64,7 @@ def test_rounding_of_a_unet_on_replayed_samples(tmp_path: Path) -> None:
     patcher = patchers.load(tiny.SD15)
     calibration = calibrated(tmp_path, patcher, tiny.SD15)
     plan = planned(patcher, calibration)
-    replay = host.Replay(patcher.clone(), calibration.samples)
+    replay = patchers.module("tfmq.host.replay").Replay(patcher.clone(), calibration.samples)
     # A replayed call is the call: the float model answers as in the run.
     seen: list[torch.Tensor] = []
     original = patcher.model.diffusion_model.forward

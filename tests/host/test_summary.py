@@ -6,7 +6,7 @@ import pytest
 
 from support import patchers
 
-summary, swap = patchers.module("tfmq.host.summary"), patchers.module("tfmq.host.quantize")
+summary, swap = patchers.module("tfmq.host.summary"), patchers.module("tfmq.host.quantized")
 install, table = patchers.module("tfmq.kernels.install"), patchers.module("tfmq.kernels.table")
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -26,6 +26,7 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 from bench.host_formats import int8_model  # noqa: E402
 
 host = import_module(f"{PACK_MODULE}.tfmq.host.temporal.cache")
+twin = import_module(f"{PACK_MODULE}.tfmq.host.temporal.twin")
 TfmqError = import_module(f"{PACK_MODULE}.tfmq.errors").TfmqError
 PLENTY = 10**9
 
@@ -138,7 +139,7 @@ def test_dynamic_loading_merges_as_it_would_without_the_cache():
     patched = tiny.with_lora(base, [path])
     weight = base.model.state_dict()[key]
     dynamic = SimpleNamespace(patches=patched.patches, is_dynamic=lambda: True)
-    merged = host._merged(weight, key, dynamic, weight)
+    merged = twin.merged(weight, key, dynamic, weight)
     assert torch.equal(merged, patched.patch_weight_to_device(key, return_weight=True))
     assert not torch.equal(merged, weight)
 

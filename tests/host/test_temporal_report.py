@@ -94,7 +94,7 @@ def test_branches_apart_use_their_own_grid(tmp_path: Path) -> None:
             recipe = scheme.Recipe("W8A8", activations="static", branches_apart=not together)
             with torch.inference_mode():
                 quantized = swap.quantize(model, learnt, recipe, lambda done, total: None)
-            plan = swap.require_quantized(quantized).plan
+            plan = quantized.attachments["tfmq"].plan
             assert all((plan.layers[path].branches == 2) is not together for path in apart)
             found = patchers.sample(quantized, loud, negative=quiet, cfg=4.0)
             error[together] = float((found - reference).norm() / reference.norm())

@@ -24,6 +24,7 @@ quant = patchers.module("tfmq.host.temporal.quantize")
 store = patchers.module("tfmq.host.store")
 summary = patchers.module("tfmq.host.summary")
 tables = patchers.module("tfmq.host.temporal.table")
+saved_tables = patchers.module("tfmq.temporal.table")
 LIMIT = 0.06  # measured 0.03: a change of the temporal features, however small, makes 8-bit layers round another way
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde")
 pytestmark = [pytest.mark.rounding, pytest.mark.usefixtures("folder")]
@@ -75,7 +76,7 @@ def test_the_layers_answer_as_the_weights_do(base, table):
     from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
     network, t = base.model.diffusion_model, torch.tensor([0.0, 17.0, 500.0, 999.0])
-    moment = tables.Moment(table.curve)
+    moment = saved_tables.Moment(table.curve)
     moment.set(t)
     x = torch.nn.functional.silu(network.time_embed(timestep_embedding(t, network.model_channels)))
     projections = [path for path in table.layers if "emb_layers" in path]
@@ -88,18 +89,18 @@ def test_the_layers_answer_as_the_weights_do(base, table):
 
 def test_the_table_goes_through_a_file(table):
     tensors = {"other": torch.zeros(1), **table.tensors()}
-    back = tables.taken_from({tables.MANIFEST: table.manifest()}, tensors)
+    back = saved_tables.taken_from({saved_tables.MANIFEST: table.manifest()}, tensors)
     assert list(tensors) == ["other"] and back.layers == table.layers and back.nbytes_removed == table.nbytes_removed
     t = torch.tensor([3.25, 700.0])
     assert all(torch.equal(rows, back.curve.at(t)[path]) for path, rows in table.curve.at(t).items())
     with pytest.raises(patchers.TfmqError, match="damaged"):
-        tables.taken_from({tables.MANIFEST: {}}, {})
+        saved_tables.taken_from({saved_tables.MANIFEST: {}}, {})
 
 
 def test_a_mixture_is_the_interpolation_of_the_curve(table):
     """The layers' own interpolation runs on the device of the call; `Curve.at` is what the error was measured by."""
     t = torch.tensor([-5.0, 0.0, 0.3, 17.5, 998.75, 999.0, 1200.0])  # the ends stand for what lies beyond them
-    index, weights = tables.mixture(t, table.curve.axis, table.curve.times.numel())
+    index, weights = saved_tables.mixture(t, table.curve.axis, table.curve.times.numel())
     at = table.curve.at(t.clamp(0, 999))
     for path, rows in table.curve.rows.items():
         assert patchers.distance((rows[index].float() * weights.unsqueeze(-1)).sum(1), at[path]) < 1e-5
@@ -120,7 +121,7 @@ def test_any_sampler_runs_on_a_table(name):
 def test_references_at_timestep_zero_get_rows_of_their_own():
     network = small.patcher_of("Qwen-Image").model.diffusion_model
     table = make(small.patcher_of("Qwen-Image"))
-    moment = tables.Moment(table.curve)
+    moment = saved_tables.Moment(table.curve)
     t = torch.tensor([0.7, 0.7])
     moment.set(torch.cat([t, t * 0]), more=True)
     path = "transformer_blocks.0.img_mod.1"
@@ -133,7 +134,7 @@ def test_references_at_timestep_zero_get_rows_of_their_own():
 
 
 def test_the_graph_of_torch_compile_follows_the_timestep_and_is_not_made_again(table):
-    moment, graphs = tables.Moment(table.curve), []
+    moment, graphs = saved_tables.Moment(table.curve), []
     paths = [path for path in table.layers if "emb_layers" in path]
     leaves = [tables.TableLinear(path, table.layers[path], table.curve.rows[path], moment) for path in paths]
     x = torch.zeros(2, table.layers[paths[0]].shape[1])
@@ -320,7 +321,7 @@ def test_a_file_that_lacks_rows_is_damaged(saved, tmp_path):
     with safe_open(saved, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(saved)
-    del tensors[next(key for key in tensors if key.startswith(f"{tables.KEYS}rows:"))]
+    del tensors[next(key for key in tensors if key.startswith(f"{saved_tables.KEYS}rows:"))]
     save_file(tensors, tmp_path / "cut.safetensors", metadata=header)
     with pytest.raises(patchers.TfmqError, match="damaged"):
         store.load(str(tmp_path / "cut.safetensors"))

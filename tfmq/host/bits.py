@@ -13,9 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import nn
 
 from ..decide.budget import Option, fewest_bytes, least_error
 from ..decide.candidates import scheme_of
@@ -23,7 +21,6 @@ from ..decide.plan import decide
 from ..errors import TfmqError
 from ..files import VERSION, read_manifest, write
 from ..formats.int4 import GROUPS
-from ..geometry import Geometry
 from ..kernels.costs import Costs
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
@@ -33,8 +30,8 @@ from ..timeline import Clock
 from .calibrate import FOLDER
 from .call import ClockWrapper
 from .leaf.leaf import make_leaf
-from .model import PREFIX, candidates, float_weight, release
-from .rounding import Replay
+from .network import Network
+from .replay import replayed
 
 FLOAT = 16
 INTERVALS, ROWS = 6, 2  # of the samples: so many intervals, so many rows of each
@@ -43,11 +40,10 @@ KIND = "sensitivity"
 
 
 def mixed_plan(
-    patcher: ModelPatcher,
+    network: Network,
     calibration: Calibration,
     recipe: Recipe,
     keep: Mapping[str, str],
-    geometries: Mapping[str, Geometry],
     costs: Costs,
     progress: Callable[[int, int], None],
 ) -> Plan:
@@ -58,10 +54,8 @@ def mixed_plan(
     progress: (done, total).
     Raises TfmqError where neither can be met (and names the nearest that can), or the calibration holds no samples.
     """
-    network = patcher.model.diffusion_model
-    kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in candidates(network).items()}
-    eight = decide(replace(recipe, weight_bits=8), calibration, kinds, keep, costs)
-    total = 2 * sum(p.numel() for p in network.parameters())
+    eight = decide(replace(recipe, weight_bits=8), calibration, network.kinds, keep, costs)
+    total = 2 * sum(p.numel() for p in network.module.parameters())
     rest = total - sum(2 * math.prod(calibration.layers[path].shape) for path in eight.layers)
     for group in (recipe.group, *(g for g in GROUPS if g > recipe.group)):
         recipe = replace(recipe, group=group)
@@ -80,7 +74,7 @@ def mixed_plan(
         )
     asked = {path: {str(b): asdict(s) for b, s in schemes.items()} for path, schemes in options.items()}
     question = json.dumps([VERSION, calibration.model, calibration.settings, recipe.ranges, asked], default=str)
-    choices = _kept(question, lambda: _measure(patcher, calibration, recipe, options, geometries, progress))
+    choices = _kept(question, lambda: _measure(network, calibration, recipe, options, progress))
     plan = _solved(recipe, choices, rest)
     layers, reasons, left = {}, {}, dict(eight.left)
     for path, option in plan.items():
@@ -133,11 +127,10 @@ def _kept(question: str, measure: Callable[[], dict[str, list[Option]]]) -> dict
 
 
 def _measure(
-    patcher: ModelPatcher,
+    network: Network,
     calibration: Calibration,
     recipe: Recipe,
     options: Mapping[str, Mapping[int, Scheme]],
-    geometries: Mapping[str, Geometry],
     progress: Callable[[int, int], None],
 ) -> dict[str, list[Option]]:
     samples = calibration.samples
@@ -146,37 +139,27 @@ def _measure(
             "This calibration holds no samples, by which a recipe with bits per layer is measured: run TFMQ Calibrate "
             "again, without ControlNet."
         )
-    network = patcher.model.diffusion_model
-    # Once the model is loaded, its own weights hold the patches already.
-    patched = {
-        path: float_weight(patcher, key).cpu()
-        for path in options
-        if (key := f"{PREFIX}{path}.weight") in patcher.patches
-    }
-    clone = patcher.clone()
+    weights = network.weights(options)
+    clone = network.patcher.clone()
     clock = Clock(calibration.axis, calibration.partition)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_clock", ClockWrapper(clock))
-    replay = Replay(clone, samples)
     batches = batches_of(samples)
-    comfy.model_management.load_models_gpu([clone])
-    clone.pre_run()
     out: dict[str, list[Option]] = {}
     total, done = sum(len(schemes) for schemes in options.values()), 0
-    try:
+    with replayed(clone, samples) as replay:
         reference = [replay(batch).float() for batch in batches]
         energy = sum(float(r.cpu().double().square().sum()) for r in reference)
         for path, schemes in options.items():
-            module = network.get_submodule(path)
+            module = network.layers[path]
             parent, _, name = path.rpartition(".")
-            holder, bias = network.get_submodule(parent), module.bias
-            weight = patched[path] if path in patched else module.weight.detach()
-            weight = weight.to(clone.load_device)
+            holder, bias = network.module.get_submodule(parent), module.bias
+            weight = weights(path)
             out[path] = [Option(FLOAT, 2 * weight.numel(), 0.0)]
             for bits, scheme in schemes.items():
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
                 kept = None if bias is None else bias.detach()
-                leaf = make_leaf(module, state, geometries[path], clock, kept, module.weight.dtype)
+                leaf = make_leaf(module, state, network.geometries[path], clock, kept, module.weight.dtype)
                 try:
                     setattr(holder, name, leaf.to(clone.load_device))
                     error = sum(
@@ -188,9 +171,6 @@ def _measure(
                 out[path].append(Option(bits, state.nbytes, error / max(energy, 1e-30)))
                 done += 1
                 progress(done, total)
-    finally:
-        clone.cleanup()
-        release(patcher)
     return out
 
 

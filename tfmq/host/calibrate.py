@@ -29,15 +29,8 @@ from ..timeline import Clock, Partition
 from ..words import counted
 from .call import branches, sample_sigmas, timesteps
 from .digest import update_digest
-from .model import (
-    candidates,
-    fingerprint,
-    kept_in_float,
-    require_float_model,
-    sampling_kind,
-    sampling_values,
-    time_axis,
-)
+from .model import fingerprint, require_float_model, sampling_kind, sampling_values, time_axis
+from .network import Network
 from .step_choice import StepChoice
 
 FOLDER = "tfmq_calibrations"
@@ -81,7 +74,7 @@ def calibrate(
     look: which steps of a run the observers see (`temporal.sampling_times`).
     The MODEL is unchanged on every way out, interrupt included. Raises TfmqError for anything the person can mend.
     """
-    network = require_float_model(patcher)
+    require_float_model(patcher)
     model = fingerprint(patcher)
     partition = Partition.uniform(intervals)
     digest = hashlib.sha256(f"{VERSION} {model} {intervals} {prompts} {look} {sampling_kind(patcher)}".encode())
@@ -94,9 +87,10 @@ def calibrate(
         except TfmqError:
             pass  # damaged: make it anew
 
-    keep = kept_in_float(network)
+    network = Network.of(patcher)
     clock = Clock(time_axis(patcher), partition)
-    observer = ModelObserver([(p, m) for p, m in candidates(network).items() if p not in keep], clock)
+    unseen = {*network.tib.layers, *network.ends}
+    observer = ModelObserver([(p, m) for p, m in network.layers.items() if p not in unseen], clock)
     clone = patcher.clone()
     seen = StepChoice(look)
     collector = Collector()

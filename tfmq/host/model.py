@@ -1,4 +1,4 @@
-"""What can be said about a MODEL: is it one that we can work on, which one is it, what are its layers and its time."""
+"""What can be said about a MODEL: is it one that we can work on, which one is it, what is its time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import hashlib
 from typing import Any
 
-import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import torch
@@ -16,7 +15,6 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..errors import TfmqError
-from ..temporal.tib import boundary_layers, find_tib
 from ..timeline import TimeAxis
 from .digest import SAMPLES, update_digest
 
@@ -26,18 +24,23 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED = "torch.compile"  # under which the host's own node hangs its wrapper
 
 
-def require_float_model(patcher: Any) -> nn.Module:
-    """The network inside a MODEL in float, with nothing of another clone left in it.
-
-    Raises TfmqError if this is no diffusion model or its weights are quantized already.
-    """
-    model = getattr(patcher, "model", None)
-    network = getattr(model, "diffusion_model", None)
+def diffusion_model_of(patcher: Any) -> nn.Module:
+    """The network inside a MODEL. Raises TfmqError if there is none."""
+    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     if not isinstance(patcher, ModelPatcher) or not isinstance(network, nn.Module):
         raise TfmqError(
             "The model input is not a diffusion MODEL: connect the MODEL output of a checkpoint or diffusion model "
             "loader."
         )
+    return network
+
+
+def require_float_model(patcher: Any) -> None:
+    """Leaves a MODEL in float with nothing of another clone in its network.
+
+    Raises TfmqError if this is no diffusion model or its weights are quantized already.
+    """
+    network = diffusion_model_of(patcher)
     if patcher.attachments.get(ATTACHMENT) is not None:
         raise TfmqError("This MODEL is already quantized by TFMQ: connect the one that goes into TFMQ Quantize.")
     compiled = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED)
@@ -57,7 +60,6 @@ def require_float_model(patcher: Any) -> nn.Module:
                     f"This MODEL is already quantized ({kind} in layer {path}): load the 16-bit version of it and "
                     "quantize that."
                 )
-    return network
 
 
 def release(patcher: ModelPatcher) -> None:
@@ -92,21 +94,6 @@ def _quantized_kind(weight: Any) -> str | None:
     return None
 
 
-def candidates(network: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of every Linear and Conv2d of the network."""
-    return {
-        path: module
-        for path, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "weight", None) is not None
-    }
-
-
-def kept_in_float(network: nn.Module) -> dict[str, str]:
-    """Path -> why this layer is not quantized whatever the recipe: the temporal path, the first and the last layer."""
-    keep = {path: f"temporal path (depends on {on} alone)" for path, on in find_tib(network).layers.items()}
-    return keep | {path: f"{which} layer" for path, which in boundary_layers(network).items()}
-
-
 def time_axis(patcher: ModelPatcher) -> TimeAxis:
     """The span of the timesteps that the network can receive."""
     sampling = patcher.get_model_object("model_sampling")
@@ -128,20 +115,6 @@ def sampling_values(patcher: ModelPatcher) -> dict[str, Any]:
     return {**plain, **dict(sampling.named_buffers())}
 
 
-def float_weight(patcher: ModelPatcher, key: str, count: int | None = None) -> Tensor:
-    """A parameter with the patcher's patches merged (the first `count` of them), on the load device of the model.
-
-    key: as in the model's state dict. The model must not be loaded by a clone (`require_float_model`).
-    """
-    weight: Tensor = _attribute(patcher.model, key)
-    patches = patcher.patches.get(key, [])[:count]
-    if not patches:
-        return weight.detach().to(patcher.load_device)
-    merged = weight.detach().to(patcher.load_device, torch.float32, copy=True)
-    # The model's own weight keeps its precision; a merge in float32 is rounded once, by the quantizer.
-    return comfy.lora.calculate_weight(patches, merged, key)
-
-
 def fingerprint(patcher: ModelPatcher) -> str:
     """Hash of the weights (sampled) and of the patches on them; equal after a reload, different for another LoRA."""
     digest = hashlib.sha256()
@@ -153,10 +126,3 @@ def fingerprint(patcher: ModelPatcher) -> str:
             digest.update(f"{key}{strength}{strength_model}{offset}".encode())
             update_digest(digest, value, SAMPLES)
     return digest.hexdigest()
-
-
-def _attribute(root: nn.Module, key: str) -> Any:
-    value: Any = root
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value

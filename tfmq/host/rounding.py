@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,12 @@ from typing import Any
 import comfy.model_management
 import folder_paths
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_patcher import ModelPatcher, create_model_options_clone
-from comfy.patcher_extension import copy_nested_dicts
 from torch import Tensor
 
 from ..decide.grids import static_grid
-from ..decide.tdq import over_time
+from ..decide.tdq import Grid
 from ..errors import TfmqError
 from ..files import VERSION
-from ..geometry import Geometry, geometry_of
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
 from ..rounding import reconstruct as driver
@@ -34,10 +29,10 @@ from ..rounding.precision import product_dtype
 from ..rounding.progress import PARTS
 from ..scheme import INT, STATIC, Plan
 from ..solve.layer import as_multiplied, as_multiplying
-from ..temporal.tib import find_tib
 from .calibrate import FOLDER
 from .digest import update_digest
-from .model import PREFIX, candidates, float_weight, release
+from .network import Network
+from .replay import replayed
 from .temporal.quantize import FLOAT
 
 Progress = Callable[[int, int, float], None]
@@ -45,9 +40,10 @@ BALANCED_SHARE = 0.75  # of the time of best+, that is spent on balanced
 
 
 def run(
-    patcher: ModelPatcher,
+    network: Network,
     calibration: Calibration,
     plan: Plan,
+    grids: Mapping[str, Grid],
     preset: str,
     progress: Progress,
     folder: Path | None = None,
@@ -55,9 +51,10 @@ def run(
 ) -> driver.Result:
     """Round the weights, LoRA patches merged.
 
-    preset: one of `ROUNDINGS`. progress: called with (done, total, seconds left). folder: where
-    finished units are kept; by default beside the calibrations, in a place that belongs to this request. options: of
-    `rounding.reconstruct`. The MODEL is unchanged on every way out. Raises TfmqError for a calibration without samples.
+    grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `ROUNDINGS`. progress:
+    called with (done, total, seconds left). folder: where finished units are kept; by default beside the calibrations,
+    in a place that belongs to this request. options: of `rounding.reconstruct`. The MODEL is unchanged on every way
+    out. Raises TfmqError for a calibration without samples.
     "best+" is "balanced", whose finished units it shares, and fine-tuning behind it.
     """
     plus = preset == driver.BEST_PLUS
@@ -65,19 +62,12 @@ def run(
     samples = calibration.samples
     if preset != driver.NEAREST and (samples is None or not samples.rows):
         raise TfmqError(_without_samples(samples))
-    device = patcher.load_device
-    layers = layers_of(patcher, calibration, plan)
-
-    # Once the model is loaded, its own weights hold the patches already.
-    patched = {
-        path: float_weight(patcher, key).cpu()
-        for path in layers
-        if (key := f"{PREFIX}{path}.weight") in patcher.patches
-    }
+    patcher = network.patcher
+    layers = layers_of(network, calibration, plan, grids)
+    weights = network.weights(layers)
 
     def weight(path: str) -> Tensor:
-        found = patched.get(path)
-        found = float_weight(patcher, f"{PREFIX}{path}.weight") if found is None else found.to(device)
+        found = weights(path)
         if not bool(torch.isfinite(found).all()):
             raise TfmqError(
                 f"Layer {path} cannot be quantized: the weight holds NaN or infinite values; load an intact copy of "
@@ -96,65 +86,37 @@ def run(
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress(int(PARTS * (share + (1 - share) * done / total)), PARTS, left)
 
+    device = patcher.load_device
     dtype = product_dtype(device)
     if folder is None and preset in driver.SETTINGS:
         folder = _folder(calibration, plan, preset, dtype, options)
-    network = patcher.model.diffusion_model
-    with _replayed(patcher, samples, load=preset != driver.NEAREST) as replay:
+    with replayed(patcher.clone(), samples, load=preset != driver.NEAREST, gradients=True) as replay:
         source, options = replay.source(), {"dtype": dtype} | options
         result = driver.reconstruct(
-            network, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
+            network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
         )
         if not plus:
             return result
+        temporal = list(network.tib.layers) if plan.recipe.temporal == FLOAT else []
         tuned = finetune(
-            network, layers, result.layers, source, device=device, temporal=_temporal(patcher, plan),
-            progress=tell_tuning, dtype=options["dtype"],
+            network.module, layers, result.layers, source, device=device, temporal=temporal, progress=tell_tuning,
+            dtype=options["dtype"],
         )  # fmt: skip
     logging.info("TFMQ: %s", tuned.note)
     return replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
 
 
-@contextmanager
-def _replayed(patcher: ModelPatcher, samples: Samples | None, load: bool) -> Iterator[Replay]:
-    """The samples and the MODEL to run them, loaded, with attention that has a gradient."""
-    clone = patcher.clone()
-    replay = Replay(clone, samples)
-    if load:
-        comfy.model_management.load_models_gpu([clone])
-    clone.pre_run()
-    # Some of the host's kernels have no gradient; while this is set it takes others.
-    training = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    try:
-        yield replay
-    finally:
-        comfy.model_management.in_training = training
-        clone.cleanup()
-        release(patcher)
-
-
-def _temporal(patcher: ModelPatcher, plan: Plan) -> list[str]:
-    """Layers whose output depends on the timestep alone, where they stay in float."""
-    if plan.recipe.temporal != FLOAT:
-        return []
-    return list(find_tib(patcher.model.diffusion_model).layers)
-
-
-def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> dict[str, Layer]:
-    """The layers of the plan with integer weights, not rounded yet."""
-    modules = candidates(patcher.model.diffusion_model)
-    device = patcher.load_device
-    grids = over_time(plan, calibration)
+def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Mapping[str, Grid]) -> dict[str, Layer]:
+    """The layers of the plan with integer weights, not rounded yet. grids: as in `run`."""
+    device = network.patcher.load_device
     layers: dict[str, Layer] = {}
     for path, scheme in plan.layers.items():
-        geometry = geometry_of(modules[path])
-        if scheme.weight_format != INT or not isinstance(geometry, Geometry):
+        if scheme.weight_format != INT:
             continue
-        layer = Layer(scheme, geometry)
+        layer = Layer(scheme, network.geometries[path])
         statistics = calibration.layers[path]
-        if modules[path].bias is not None:
-            layer.bias = float_weight(patcher, f"{PREFIX}{path}.bias").float()
+        bias = network.bias(path)
+        layer.bias = None if bias is None else bias.float()
         if scheme.activation == STATIC:
             found = grids.get(path) or static_grid(
                 statistics.under(scheme), plan.recipe.ranges, scheme.activation_bits, scheme.branches
@@ -168,42 +130,6 @@ def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> di
             layer.sample = as_multiplying(scheme, statistics)
         layers[path] = layer
     return layers
-
-
-class Replay:
-    """Runs the float MODEL on rows of the samples."""
-
-    def __init__(self, patcher: ModelPatcher, samples: Samples | None) -> None:
-        self.patcher, self.samples = patcher, samples or Samples(())
-        options = create_model_options_clone(patcher.model_options)["transformer_options"]
-        options["wrappers"] = copy_nested_dicts(patcher.wrappers)
-        options["callbacks"] = copy_nested_dicts(patcher.callbacks)
-        # The host's other attentions are not all made for gradients.
-        options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
-        self.options = options
-
-    def __call__(self, indices: list[int]) -> Tensor:
-        """What the MODEL predicts for these rows, [B, ...]."""
-        device = self.patcher.load_device
-        x, sigma, conditions = self.samples.batch(indices)
-        moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in conditions.items()}
-        sigma = sigma.to(device)
-        options = {
-            **copy_nested_dicts(self.options),
-            "cond_or_uncond": [self.samples.rows[i].branch for i in indices],
-            "sigmas": sigma,
-        }
-        return self.patcher.model.apply_model(x.to(device), sigma, transformer_options=options, **moved)
-
-    def source(self) -> driver.Source:
-        rows = self.samples.rows
-        return driver.Source(
-            self,
-            torch.tensor([row.interval for row in rows], dtype=torch.int64),
-            torch.tensor([row.branch for row in rows], dtype=torch.int64),
-            [row.run for row in rows],
-            [row.shape for row in rows],
-        )
 
 
 def _folder(calibration: Calibration, plan: Plan, preset: str, dtype: torch.dtype, options: dict[str, Any]) -> Path:

@@ -31,12 +31,13 @@ from ..geometry import Geometry, geometry_of
 from ..runtime.packed_codes import plain
 from ..scheme import INT, Plan
 from ..state import LayerState
+from ..temporal import table as saved_table
 from ..timeline import Clock, Partition, TimeAxis
 from .leaf import nf4
 from .leaf.layout import codes_of
 from .leaf.leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
-from .quantize import Quantized, attach, backends_of, require_quantized
+from .quantized import Quantized, attach, backends_of, require_quantized
 from .temporal import table as temporal_table
 from .temporal.leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
@@ -108,7 +109,7 @@ def save(
         "config": _from_header(patcher),
     }
     if table is not None:
-        manifest[temporal_table.MANIFEST] = table.manifest()
+        manifest[saved_table.MANIFEST] = table.manifest()
     write(path, tensors, manifest)
     return path
 
@@ -169,7 +170,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     file = Path(path)
     manifest = read_manifest(file, MODEL)
     tensors = read_tensors(file)
-    table = temporal_table.taken_from(manifest, tensors)
+    table = saved_table.taken_from(manifest, tensors)
     try:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
@@ -194,7 +195,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     stands_for: dict[str, Tensor] = {}
     if table is not None:
         stands_for = table.placeholders
-        why = temporal_table.reason(table)
+        why = saved_table.reason(table)
         plan = replace(plan, left={layer: why if layer in table.layers else left for layer, left in plan.left.items()})
     layers = {*plan.layers, *temporal, *(() if table is None else table.layers)}
     nf4.require_for(plan, comfy.model_management.get_torch_device())
@@ -295,8 +296,8 @@ def _placeholders(layers: set[str]) -> type:
 
 def receipt(path: Path) -> str:
     """What a person is told about a saved file: where it lies, and how good its temporal table is if it has one."""
-    table = read_manifest(path, MODEL).get(temporal_table.MANIFEST)
-    return str(path) if table is None else f"{path}\n{temporal_table.describe(table)}"
+    table = read_manifest(path, MODEL).get(saved_table.MANIFEST)
+    return str(path) if table is None else f"{path}\n{saved_table.describe(table)}"
 
 
 def sampling_warning(patcher: ModelPatcher) -> str | None:

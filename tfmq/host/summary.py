@@ -9,7 +9,7 @@ from dataclasses import asdict
 from ..kernels.table import BACKENDS
 from ..scheme import Plan
 from ..words import counted
-from .quantize import Quantized
+from .quantized import Quantized
 
 MEGABYTE = 1e6
 NOTES = {backend.name: backend.note for backend in BACKENDS}

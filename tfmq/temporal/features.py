@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TfmqError
-from .tib import find_tib
+from .tib import Tib, find_tib
 
 EMBEDDING = ""  # the source of the first layer
 MAX_PERIOD = 10000.0
@@ -112,14 +112,16 @@ def temporal_graph(
     network: nn.Module,
     embed: Callable[[Tensor], Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    tib: Tib | None = None,
 ) -> TemporalGraph:
     """The graph of a network's TIB.
 
     embed: the embedding of t; may be left out for UNets. weights: parameter name inside the network -> value that takes
-    the place of the network's own (a LoRA merged, say). Weights are copied to float32 on their device.
+    the place of the network's own (a LoRA merged, say). tib: where it was found already. Weights are copied to float32
+    on their device.
     Raises TfmqError where there is no TIB, where it depends on more than t, or is not built of Linear layers and SiLUs.
     """
-    tib = find_tib(network)
+    tib = tib or find_tib(network)
     if not tib.layers:
         raise TfmqError(
             f"No Temporal Information Block is known in a {type(network).__name__}: set temporal to float in TFMQ "

@@ -7,23 +7,17 @@ round differently for another number of rows, and the aim is the same bits as wi
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
 import math
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import torch
-from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...errors import TfmqError
@@ -32,26 +26,14 @@ from ...temporal.inputs import Call, NotCovered, Projections, projections_of
 from ...temporal.tib import find_tib
 from ...words import counted
 from ..leaf.leaf import _HostLeaf
-from ..model import PREFIX, release
+from ..model import PREFIX, diffusion_model_of, release
 from . import table as temporal_table
+from .key import Key, as_given, digest_of, timestep, to_come
+from .twin import twin
 
-_OF_TOKENS = {"attention_mask", "num_tokens"}  # of prompts that differ in nothing that matters here
 NAME = "tfmq_temporal_cache"
 MEGABYTE = 1e6
-# Runtime state that the host hangs on a module; a copy that computes on its own must not share it.
-_HOST_STATE = (
-    "_v", "_v_weight", "_v_bias", "_v_signature", "_prefetch", "_pins", "_pin_state", "comfy_patched_weights",
-    "weight_lowvram_function", "bias_lowvram_function",
-)  # fmt: skip
 _NEW_NETWORK = (CallbacksMP.ON_DEEPCLONE_MULTIGPU, CallbacksMP.ON_MATCH_MULTIGPU_CLONES)
-
-
-@dataclass(frozen=True)
-class _Key:
-    """t: bits of the timesteps of all rows. of: what else moves features (vectors, rows, dtype, device, patches)."""
-
-    t: bytes
-    of: Hashable
 
 
 class TemporalCache:
@@ -124,12 +106,7 @@ class TemporalCache:
     def on_other_network(self, patcher: ModelPatcher, clone: ModelPatcher, *_: Any) -> None:
         """ON_DEEPCLONE_MULTIGPU and ON_MATCH_MULTIGPU_CLONES: a clone with a network of its own, on another device,
         needs modules and a table of its own."""
-        for path, layer in self.layers.items():
-            key = PREFIX + path
-            clone.object_patches.pop(key, None)
-            if _is_object_patch(patcher, key, layer.real):
-                clone.object_patches[key] = layer.real
-        _forget(clone)
+        _detach(clone, self, patcher)
         _attach(clone, self.architecture, self.spec, list(self.layers), self.budget)
 
     # One call
@@ -144,18 +121,18 @@ class TemporalCache:
             raise NotCovered("a LoRA is switched per prompt (hooks)")
         network = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)
         device, dtype = x.device, base.get_dtype_inference()
-        converted = {name: _converted(value, dtype, device) for name, value in conds.items()}
-        t = _timestep(base, x, sigma, converted)
+        converted = {name: as_given(value, dtype, device) for name, value in conds.items()}
+        t = timestep(base, x, sigma, converted)
         if t.shape != sigma.shape:
             raise NotCovered("it has one timestep per token")
-        of = (_digest(converted), x.shape[0], dtype, device, patcher.patches_uuid)
-        key = _Key(_bits(t), of)
+        of = (digest_of(converted), x.shape[0], dtype, device, patcher.patches_uuid)
+        key = Key.at(t, of)
         if any(rows.device != device for rows in self.table.rows.values()):
             self.table.clear()
 
-        inputs: dict[_Key, dict[str, Tensor]] = {}
+        inputs: dict[Key, dict[str, Tensor]] = {}
 
-        def inputs_of(key: _Key, t: Tensor) -> dict[str, Tensor]:
+        def inputs_of(key: Key, t: Tensor) -> dict[str, Tensor]:
             if key not in inputs:
                 given = self.spec.inputs(network, Call(t, dtype, converted, options))
                 inputs[key] = {name: given[name] for name in self.table.groups}
@@ -167,7 +144,7 @@ class TemporalCache:
         else:
             others = {}
             if self._ahead and bool((t == t[0]).all()):
-                others = _to_come(base, x, sigma, options.get("sample_sigmas"), converted, of)
+                others = to_come(base, x, sigma, options.get("sample_sigmas"), converted, of)
             self._fill(key, {key: t, **others}, inputs_of)
             if not self.table.select(key):
                 raise NotCovered("its rows could not be kept")
@@ -178,7 +155,7 @@ class TemporalCache:
             self._compared.add(of)
 
     def _fill(
-        self, wanted: _Key, times: dict[_Key, Tensor], inputs_of: Callable[[_Key, Tensor], dict[str, Tensor]]
+        self, wanted: Key, times: dict[Key, Tensor], inputs_of: Callable[[Key, Tensor], dict[str, Tensor]]
     ) -> None:
         """Compute the entry that is wanted, and the others as far as there is room and memory."""
         try:
@@ -197,12 +174,12 @@ class TemporalCache:
             self._compute_entries(wanted, {wanted: times[wanted]}, inputs_of)
 
     def _compute_entries(
-        self, wanted: _Key, times: dict[_Key, Tensor], inputs_of: Callable[[_Key, Tensor], dict[str, Tensor]]
+        self, wanted: Key, times: dict[Key, Tensor], inputs_of: Callable[[Key, Tensor], dict[str, Tensor]]
     ) -> None:
         first = inputs_of(wanted, times[wanted])
         self.table.row_bytes = self._row_bytes(first)
-        local: dict[_Key, dict[str, list[int]]] = {}
-        done: set[_Key] = set()
+        local: dict[Key, dict[str, list[int]]] = {}
+        done: set[Key] = set()
         try:
             for key, t in times.items():
                 if key in self.table:
@@ -212,24 +189,24 @@ class TemporalCache:
                 if not self.table.reserve(key, index, device, ahead=key != wanted):
                     break
                 local[key] = index
-            checks: dict[_Key, Tensor] = {}
+            checks: dict[Key, Tensor] = {}
             for path, layer in self.layers.items():
-                with self._on_device(layer, next(iter(first.values()))) as real:
-                    for key, index in local.items():
-                        y = real(inputs_of(key, times[key])[layer.name])
-                        rows = index[layer.name]
-                        firsts = [rows.index(i) for i in range(1 + max(rows))]
-                        unique = y if len(firsts) == len(rows) else y[firsts]
-                        if unique is not y and not torch.equal(unique[rows], y):
-                            raise _RowsDiffer
-                        finite = torch.isfinite(y).all()
-                        checks[key] = checks[key] & finite if key in checks else finite
-                        if key == wanted and not bool(finite):
-                            raise TfmqError(
-                                f"The temporal features of layer {path} are NaN or infinite: load an intact copy of "
-                                "the model, or take the LoRA off that breaks it."
-                            )
-                        self.table.write(key, path, unique)
+                real = self._real(layer, next(iter(first.values())))
+                for key, index in local.items():
+                    y = real(inputs_of(key, times[key])[layer.name])
+                    rows = index[layer.name]
+                    firsts = [rows.index(i) for i in range(1 + max(rows))]
+                    unique = y if len(firsts) == len(rows) else y[firsts]
+                    if unique is not y and not torch.equal(unique[rows], y):
+                        raise _RowsDiffer
+                    finite = torch.isfinite(y).all()
+                    checks[key] = checks[key] & finite if key in checks else finite
+                    if key == wanted and not bool(finite):
+                        raise TfmqError(
+                            f"The temporal features of layer {path} are NaN or infinite: load an intact copy of "
+                            "the model, or take the LoRA off that breaks it."
+                        )
+                    self.table.write(key, path, unique)
             for key in local:
                 if bool(checks[key]):
                     self.table.complete(key)
@@ -280,16 +257,14 @@ class TemporalCache:
     # The real weights
 
     def _compute(self, path: str, x: Tensor) -> Tensor:
-        with self._on_device(self.layers[path], x) as real:
-            return real(x)  # type: ignore[no-any-return]
+        return self._real(self.layers[path], x)(x)  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _on_device(self, layer: CachedLayer, like: Tensor) -> Iterator[nn.Module]:
+    def _real(self, layer: CachedLayer, like: Tensor) -> nn.Module:
         """The real module with its weights, LoRAs merged, on the device and for the dtype of `like`."""
         patcher = self._current or self._owner()
         if patcher is None:
             raise TfmqError("The MODEL behind the temporal cache is gone: run the graph again.")
-        yield _twin(layer.real, PREFIX + layer.path, patcher, like)
+        return twin(layer.real, PREFIX + layer.path, patcher, like)
 
 
 class _RowsDiffer(Exception):
@@ -301,12 +276,7 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
 
     Raises TfmqError for what is no diffusion MODEL or has no temporal features that could be cached.
     """
-    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
-    if not isinstance(patcher, ModelPatcher) or not isinstance(network, nn.Module):
-        raise TfmqError(
-            "The model input is not a diffusion MODEL: connect the MODEL output of a checkpoint or diffusion model "
-            "loader."
-        )
+    network = diffusion_model_of(patcher)
     if budget < 1:
         raise TfmqError("The budget of the temporal cache is less than a byte: give it a few hundred megabytes.")
     if temporal_table.of(patcher) is not None:
@@ -332,12 +302,8 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
     clone = patcher.clone()
     earlier = clone.attachments.get(NAME)
     if isinstance(earlier, TemporalCache):
-        for path, layer in earlier.layers.items():
-            clone.object_patches.pop(PREFIX + path, None)
-            if _is_object_patch(clone, PREFIX + path, layer.real):
-                clone.object_patches[PREFIX + path] = layer.real
+        _detach(clone, earlier, clone)
         clone.size = clone.model_size() + earlier.nbytes
-        _forget(clone)
     # A quantized temporal layer is small and may follow the clock of the call, so it is left alone.
     paths = [path for path in modules if not isinstance(clone.get_model_object(PREFIX + path), _HostLeaf)]
     if not paths:
@@ -419,98 +385,16 @@ def _is_object_patch(patcher: ModelPatcher, key: str, real: nn.Module) -> bool:
     """Whether the module that stands behind the cache is another node's and not the network's own."""
     if key in patcher.object_patches_backup:
         return patcher.object_patches_backup[key] is not real
-    found: Any = patcher.model
-    for name in key.split("."):
-        found = getattr(found, name)
-    return found is not real
+    return patcher.model.get_submodule(key) is not real
 
 
-def _forget(clone: ModelPatcher) -> None:
+def _detach(clone: ModelPatcher, cache: TemporalCache, patcher: ModelPatcher) -> None:
+    """Take `cache`, which was made for `patcher`, off a clone of it."""
+    for path, layer in cache.layers.items():
+        clone.object_patches.pop(PREFIX + path, None)
+        if _is_object_patch(patcher, PREFIX + path, layer.real):
+            clone.object_patches[PREFIX + path] = layer.real
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, NAME)
     for call in (CallbacksMP.ON_DETACH, *_NEW_NETWORK):
         clone.remove_callbacks_with_key(call, NAME)
-
-
-def _twin(module: nn.Module, key: str, patcher: ModelPatcher, like: Tensor) -> nn.Module:
-    """A copy of a module that owns nothing but its weights on the device of `like`, with the patches merged as the host
-    merges them."""
-    twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else _twin(child, f"{key}.{name}", patcher, like)
-        for name, child in module._modules.items()
-    }
-    twin._buffers = {n: None if b is None else b.to(like.device) for n, b in module._buffers.items()}
-    twin._parameters = {}
-    for state in _HOST_STATE:
-        twin.__dict__.pop(state, None)
-    for name, parameter in module._parameters.items():
-        full = f"{key}.{name}"
-        merged = None if parameter is None else _merged(parameter, full, patcher, like)
-        twin._parameters[name] = merged  # type: ignore[assignment]  # no Parameter: that needs the right inference mode
-        if hasattr(module, f"{name}_function"):
-            setattr(twin, f"{name}_function", list(patcher.weight_wrapper_patches.get(full, [])))
-    return twin
-
-
-def _merged(parameter: Tensor, key: str, patcher: ModelPatcher, like: Tensor) -> Tensor:
-    if key not in patcher.patches:
-        return parameter.to(like.device)
-    if patcher.is_dynamic() and not isinstance(parameter, QuantizedTensor):
-        # Dynamic loading merges at the time of use, in the precision of the computation.
-        return LowVramPatch(key, patcher.patches)(parameter.to(like.device, like.dtype, copy=True))  # type: ignore[no-any-return]
-    merged = patcher.patch_weight_to_device(key, device_to=like.device, return_weight=True)
-    return merged.to(like.device)  # type: ignore[no-any-return]
-
-
-def _converted(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A conditioning value as the network gets it (as the host's BaseModel does it)."""
-    if isinstance(value, list):
-        return [comfy.model_base.convert_tensor(v, dtype, device) for v in value]
-    return comfy.model_base.convert_tensor(value, dtype, device)
-
-
-def _timestep(base: Any, x: Tensor, sigma: Tensor, conds: dict[str, Any]) -> Tensor:
-    t = base.model_sampling.timestep(sigma).float()
-    return base.process_timestep(t, x=x, **conds)  # type: ignore[no-any-return]
-
-
-def _to_come(
-    base: Any, x: Tensor, sigma: Tensor, sigmas: Tensor | None, conds: dict[str, Any], of: Hashable
-) -> dict[_Key, Tensor]:
-    """Key and timesteps of the calls that the rest of this run will make on the grid, nearest first."""
-    if sigmas is None:
-        return {}
-    now = float(sigma[0])
-    grid = sigmas.to(sigma).flatten()
-    values = [value for value, plain in zip(grid, grid.tolist(), strict=True) if 0.0 < plain <= now]
-    times = [_timestep(base, x, value * torch.ones_like(sigma), conds) for value in values]
-    rows = torch.stack(times).cpu() if times else ()  # one transfer for all
-    return {_Key(_bits(row), of): t for row, t in zip(rows, times, strict=True)}
-
-
-def _bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().cpu().numpy().tobytes()
-
-
-def _digest(conds: dict[str, Any]) -> bytes:
-    """Hash of what else the network gets: vectors by their bits; of tokens and pictures, which no projection sees, only
-    that they are there."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.ndim}{value.dtype}".encode())
-            if value.ndim <= 2:
-                digest.update(f"{tuple(value.shape)}".encode())
-                digest.update(value.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode() if isinstance(value, (str, int, float, bool, type(None))) else b"?")
-
-    for name in sorted(conds.keys() - _OF_TOKENS):
-        digest.update(name.encode())
-        add(conds[name])
-    return digest.digest()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from comfy.model_patcher import ModelPatcher
-from torch import Tensor, device, nn
+from torch import Tensor, device
 
 from ...errors import TfmqError
 from ...temporal.features import TemporalGraph, temporal_graph
-from ...temporal.tib import find_tib
-from ..model import PREFIX, float_weight
+from ..network import Network
 
 
-def graph_of(patcher: ModelPatcher, network: nn.Module, where: device) -> TemporalGraph:
+def graph_of(network: Network, where: device) -> TemporalGraph:
     """The TIB of a float MODEL on the device `where`, patches merged.
 
     Raises TfmqError for a MODEL whose temporal features do not depend on t alone or whose embedding is not known.
     """
-    tib = find_tib(network)
+    tib = network.tib
     weights: dict[str, Tensor] = {}
     if not set(tib.layers.values()) - {"t"}:
         if tib.layers and tib.architecture != "unet":
@@ -25,7 +23,8 @@ def graph_of(patcher: ModelPatcher, network: nn.Module, where: device) -> Tempor
                 "quantized: leave temporal at float, and use TFMQ Temporal Cache for it."
             )
         for path in tib.layers:
-            for name in ("weight", "bias"):
-                if getattr(network.get_submodule(path), name, None) is not None:
-                    weights[f"{path}.{name}"] = float_weight(patcher, f"{PREFIX}{path}.{name}").to(where)
-    return temporal_graph(network, weights=weights)
+            weights[f"{path}.weight"] = network.weight(path).to(where)
+            bias = network.bias(path)
+            if bias is not None:
+                weights[f"{path}.bias"] = bias.to(where)
+    return temporal_graph(network.module, weights=weights, tib=tib)

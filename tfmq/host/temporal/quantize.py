@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...temporal.features import TemporalGraph
 from ...temporal.fsc import FiniteSet, QuantizedLayer, QuantizedTib
 from ...temporal.packing import pack, signed_zero_point
 from ...temporal.selection import CACHE8, CACHE16, NONE, Selection, int8_table, select
 from ...temporal.tiar import tiar
-from ...temporal.tib import find_tib
 from ...timeline import TimeAxis
-from ..model import PREFIX
+from ..network import Network
 from .graph import graph_of
 from .leaf import TemporalState, temporal_state
 
@@ -43,19 +40,22 @@ class Temporal:
     points: int
 
 
-def steps(network: nn.Module, mode: str) -> int:
+def steps(network: Network, mode: str) -> int:
     """How many steps of progress `solve` tells."""
-    layers = len(find_tib(network).layers)
+    layers = len(network.tib.layers)
     return {FLOAT: 0, SELECTED: 2 * layers}.get(mode, layers)
 
 
-def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, progress: Progress) -> Temporal:
-    """Quantize the temporal path over all timesteps, patches merged. progress: called with (done, total).
+def solve(network: Network, mode: str, axis: TimeAxis, progress: Progress) -> Temporal:
+    """Quantize the temporal path over all timesteps, patches merged; with `FLOAT` nothing. progress: called with (done,
+    total).
 
     Raises TfmqError for a MODEL whose temporal features do not depend on t alone or whose embedding is not known.
     """
-    device = with_float64(patcher.load_device)
-    graph = graph_of(patcher, network, device)
+    if mode == FLOAT:
+        return Temporal({}, {}, (), 0)
+    device = with_float64(network.patcher.load_device)
+    graph = graph_of(network, device)
     times = FiniteSet(FiniteSet.of(axis).points.to(device))
     wanted = (INT8, INT4) if mode == SELECTED else (mode,)
     total, tibs = steps(network, mode), {}
@@ -69,13 +69,12 @@ def solve(patcher: ModelPatcher, network: nn.Module, mode: str, axis: TimeAxis, 
     with torch.inference_mode(False), torch.no_grad():
         times = FiniteSet(times.points.clone())
         if mode == SELECTED:
-            weight = network.get_submodule(graph.outputs[0]).weight
-            assert isinstance(weight, Tensor)
-            chosen = select(graph, times, tibs, reference=INT8, intervals=INTERVALS, float_bytes=weight.element_size())
+            size = network.layers[graph.outputs[0]].weight.element_size()
+            chosen = select(graph, times, tibs, reference=INT8, intervals=INTERVALS, float_bytes=size)
             found = _selected(graph, times, tibs, chosen)
         else:
             found = _one_width(graph, times, tibs[mode], mode)
-    offload = patcher.offload_device
+    offload = network.patcher.offload_device
     return replace(found, states={path: _state_to(state, offload) for path, state in found.states.items()})
 
 
@@ -167,22 +166,3 @@ def _state_to(state: TemporalState, device: Any) -> TemporalState:
 def _with(state: TemporalState, tensors: dict[str, Tensor]) -> TemporalState:
     changed: dict[str, Any] = {**tensors}
     return replace(state, **changed)
-
-
-class DeafWarning:
-    """ON_LOAD callback: says so where a LoRA wants to change what is no longer there. baked: as in `Quantized`."""
-
-    def __init__(self, deaf: tuple[str, ...], baked: dict[str, int]) -> None:
-        self.deaf, self.baked = deaf, baked
-        self.told: tuple[str, ...] = ()
-
-    def __call__(self, patcher: ModelPatcher, *_: Any) -> None:
-        keys = (PREFIX + name for name in self.deaf)
-        lost = tuple(key for key in keys if len(patcher.patches.get(key, [])) > self.baked.get(key, 0))
-        if lost and lost != self.told:
-            logging.warning(
-                "TFMQ: the features of some temporal layers come from a cache, so a LoRA has no full effect on "
-                "%s: put it before TFMQ Calibrate, or set temporal of TFMQ Quantize to another choice.",
-                ", ".join(key.removeprefix(PREFIX) for key in lost),
-            )
-        self.told = lost

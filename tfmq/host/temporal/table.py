@@ -8,9 +8,7 @@ mixes a few saved rows by weights that are worked out once per call of the netwo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -26,89 +24,18 @@ from torch.nn import functional as F
 from ...errors import TfmqError
 from ...files import smallest_exact
 from ...runtime.leaf import LeafCore
-from ...temporal.curve import Curve, fit
+from ...temporal.curve import fit
 from ...temporal.features import EMBEDDING, TemporalGraph, inner_layers, temporal_graph
 from ...temporal.inputs import Call, NotCovered, projections_of
+from ...temporal.table import Moment, Removed, TemporalTable
 from ...temporal.tib import Tib, find_tib
 from ...timeline import TimeAxis
-from ...words import counted
 from ..model import PREFIX
 
 NAME = "tfmq_temporal_table"
-MANIFEST = "temporal_table"  # key in the manifest of a file
 WEIGHTS, TABLE = "weights", "table"
-KEYS = "tfmq_temporal_table:"  # of the curve's tensors in a file
-MEGABYTE = 1e6
 CHUNK = 256  # timesteps that go through the device at a time
 _UNCOVERED = {"lumina2": ("ref_latents", "ref_contexts", "siglip_feats")}
-
-
-@dataclass(frozen=True)
-class Removed:
-    """One layer whose weights are gone. shape: [N, K] of the weight; dtype: of the weight in a file."""
-
-    shape: tuple[int, int]
-    bias: bool
-    dtype: str
-
-
-@dataclass(frozen=True)
-class TemporalTable:
-    """Rides on a MODEL as an attachment. nbytes_removed: what the weights took in the memory of the float model."""
-
-    architecture: str
-    layers: dict[str, Removed]
-    curve: Curve
-    nbytes_removed: int
-
-    def manifest(self) -> dict[str, Any]:
-        layers = {
-            path: {"shape": list(r.shape), "bias": r.bias, "dtype": r.dtype, "rows": path in self.curve.rows}
-            for path, r in self.layers.items()
-        }
-        return {
-            **self.curve.manifest(), "architecture": self.architecture, "layers": layers,
-            "removed": self.nbytes_removed,
-        }  # fmt: skip
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {KEYS + key: value for key, value in self.curve.tensors().items()}
-
-    @property
-    def placeholders(self) -> dict[str, Tensor]:
-        """Tensors of one value that have the shapes of the weights: the host tells models apart by shapes."""
-        found: dict[str, Tensor] = {}
-        for path, layer in self.layers.items():
-            value = torch.zeros((), dtype=getattr(torch, layer.dtype))
-            found[f"{path}.weight"] = value.expand(layer.shape)
-            if layer.bias:
-                found[f"{path}.bias"] = value.expand(layer.shape[0])
-        return found
-
-
-def taken_from(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> TemporalTable | None:
-    """The table in a file, or None. Takes its tensors out of `tensors`. Raises TfmqError where something is missing."""
-    about = manifest.get(MANIFEST)
-    if about is None:
-        return None
-    own = {key.removeprefix(KEYS): tensors.pop(key) for key in list(tensors) if key.startswith(KEYS)}
-    curve = Curve.from_tensors(about, own)
-    try:
-        layers = {
-            path: Removed((int(x["shape"][0]), int(x["shape"][1])), bool(x["bias"]), str(x["dtype"]))
-            for path, x in about["layers"].items()
-        }
-        table = TemporalTable(about["architecture"], layers, curve, int(about["removed"]))
-        rows = curve.times.numel() if curve.coefficients is None else curve.coefficients.shape[1]
-        wanted = {path: (rows, layers[path].shape[0]) for path, x in about["layers"].items() if x["rows"]}
-        if {path: tuple(found.shape) for path, found in curve.rows.items()} != wanted or not table.placeholders:
-            raise ValueError("other rows than stated")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise TfmqError("The temporal table in this file is damaged: get or make the file again.") from error
-    return table
-
-
-# Making one
 
 
 def make(
@@ -131,8 +58,8 @@ def make(
                 f'Temporal layer {path} is quantized already, so a table of it would keep that error: choose "float" '
                 'as temporal in TFMQ Quantize, or "weights" here.'
             )
-    graph = _shell(network)
-    source = _Source(graph, _embedding(network), baked)
+    graph = _shell(network, tib)
+    source = _Source(graph, _embedding(network, tib, graph), baked)
     inner = inner_layers(graph, tib.architecture)
     layers = {path: source.function(path) for path in graph.layers if path not in inner}
     sampling = patcher.get_model_object("model_sampling")
@@ -177,24 +104,23 @@ def _is_integer(weight: Any) -> bool:
     return not isinstance(weight, Tensor) or not weight.dtype.is_floating_point
 
 
-def _shell(network: nn.Module) -> TemporalGraph:
+def _shell(network: nn.Module, tib: Tib) -> TemporalGraph:
     """The wiring of the TIB, with empty weights: those of a large model are too many to hold twice."""
     none = torch.zeros(1, 1)
-    names = [f"{path}.{part}" for path in find_tib(network).layers for part in ("weight", "bias")]
-    return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none))
+    names = [f"{path}.{part}" for path in tib.layers for part in ("weight", "bias")]
+    return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none), tib=tib)
 
 
 class _Caught(Exception):
     pass
 
 
-def _embedding(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def _embedding(network: nn.Module, tib: Tib, graph: TemporalGraph) -> Callable[[Tensor], Tensor]:
     """t [T] -> what the first layer of the network's own embedder gets, float32."""
-    tib = find_tib(network)
     found = projections_of(network, tib)
     if found is None:
         raise TfmqError(f'The embedding of t of this {tib.architecture} model is not known: choose "weights".')
-    spec, first = found[0], next(iter(_shell(network).layers))
+    spec, first = found[0], next(iter(graph.layers))
 
     def embed(t: Tensor) -> Tensor:
         caught: list[Tensor] = []
@@ -203,25 +129,18 @@ def _embedding(network: nn.Module) -> Callable[[Tensor], Tensor]:
             caught.append(args[0])
             raise _Caught
 
-        with _hooked(network.get_submodule(first), hook):
-            try:
-                spec.inputs(network, Call(t, torch.float32))
-            except (_Caught, NotCovered):
-                pass
+        handle = network.get_submodule(first).register_forward_pre_hook(hook)
+        try:
+            spec.inputs(network, Call(t, torch.float32))
+        except (_Caught, NotCovered):
+            pass
+        finally:
+            handle.remove()
         if not caught or caught[0].shape[0] != t.shape[0]:
             raise TfmqError(f'This ComfyUI embeds t of a {tib.architecture} model in a new way: choose "weights".')
         return caught[0].reshape(t.shape[0], -1).float()
 
     return embed
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Source:
@@ -267,63 +186,6 @@ class _Source:
             bias = self.parameter(path, "bias").float() if has_bias else None
             self._last = (path, self.parameter(path, "weight").float(), bias)
         return self._last[1:]
-
-
-# Using one
-
-
-class Moment:
-    """The mixture of saved rows that the present call of the network asks for, shared by all layers.
-
-    index: int64 [B, n] rows to mix, or None for all r of them; weights: float32 [B, n] or [B, r]. more: whether the
-    last rows are for layers that get a larger batch than others.
-    """
-
-    def __init__(self, curve: Curve) -> None:
-        self.axis, self.count = curve.axis, curve.times.numel()
-        self.coefficients = curve.coefficients
-        self.index: Tensor | None = None
-        self.weights: Tensor | None = None
-        self.more = False
-
-    def set(self, t: Tensor, more: bool = False) -> None:
-        """t: float32 [B], on the device of the computation. What lies outside of the axis is taken for its end."""
-        index, weights = mixture(t, self.axis, self.count)
-        coefficients = self.coefficients
-        if coefficients is not None:
-            if coefficients.device != t.device:
-                coefficients = self.coefficients = coefficients.to(t.device)
-            weights = (coefficients[index] * weights.unsqueeze(-1)).sum(1)
-        self.more = more
-        old = self.weights
-        if old is not None and old.shape == weights.shape and old.device == weights.device and not old.is_inference():
-            old.copy_(weights)  # in place: a captured graph goes on reading the same memory
-            if self.index is not None:
-                self.index.copy_(index)
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.weights = weights.clone()
-            self.index = index.clone() if coefficients is None else None
-
-
-def mixture(t: Tensor, axis: TimeAxis, count: int) -> tuple[Tensor, Tensor]:
-    """t [B] -> (int64 [B, n], float32 [B, n]): which of `count` evenly spaced rows to mix, and how (cubic Lagrange, as
-    in `Curve.at`). On the device of t and without waiting for it."""
-    place = axis.position(t) * (count - 1)
-    near = place.round()
-    place = torch.where((place - near).abs() < 1e-3, near, place)
-    nodes = min(4, count)
-    start = (place.floor().long() - 1).clamp(0, count - nodes)
-    u = place - start
-    weights = []
-    for j in range(nodes):
-        weight = torch.ones_like(u)
-        for k in range(nodes):
-            if k != j:
-                weight = weight * (u - k) / (j - k)
-        weights.append(weight)
-    steps = torch.arange(nodes, device=t.device)
-    return start.unsqueeze(1) + steps, torch.stack(weights, dim=1)
 
 
 class TableLinear(nn.Module):
@@ -478,20 +340,3 @@ def of(patcher: ModelPatcher) -> TemporalTable | None:
     """The table on a MODEL, if it has one."""
     table = patcher.attachments.get(NAME)
     return table if isinstance(table, TemporalTable) else None
-
-
-def reason(table: TemporalTable) -> str:
-    """Why a layer of the table has no weights, for the summary of a MODEL."""
-    return f"answered by a temporal table (worst error {table.curve.worst_error:.1e} over all timesteps)"
-
-
-def describe(manifest: dict[str, Any]) -> str:
-    """One line about the table in a manifest (`TemporalTable.manifest`)."""
-    size, removed = manifest["bytes"], manifest["removed"]
-    what = f"rank {manifest['rank']}" if manifest["rank"] else f"{manifest['points']} rows"
-    text = (
-        f"temporal table: {counted(len(manifest['layers']), 'layer')}, {removed / MEGABYTE:.1f} MB of weights "
-        f"-> {size / MEGABYTE:.2f} MB ({manifest['kind']}, {what}); error over all t: worst "
-        f"{manifest['worst_error']:.1e}, mean {manifest['mean_error']:.1e} (relative L2)"
-    )
-    return text if size < removed else f"{text}; not worth it here: the table is larger than the weights"
