@@ -10,7 +10,7 @@ import torch
 
 from support import patchers, tiny
 
-report_nodes = patchers.module("nodes_report")
+report_nodes = patchers.module("tfmq.nodes.temporal")
 look = patchers.module("tfmq.host.step_choice")
 times = patchers.module("tfmq.observe.sampling_times")
 
