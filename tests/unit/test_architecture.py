@@ -34,7 +34,6 @@ CROSSINGS = {
     ("timeline", "runtime.shared_input"): "the clock still holds the state of the leaves",
     ("host.store", "host.quantize"): "recording and attaching still stand beside quantizing",
 }
-UNREACHED = {"temporal.probe": "used by tests alone"}
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
 LONG = {  # being split
@@ -201,7 +200,7 @@ def test_every_module_is_reached_from_a_node_or_a_benchmark() -> None:
     start = {n.removeprefix("tfmq.") for name in outside for n in names(name) if n.startswith("tfmq.")}
     found = reached(start & PACK, imports)
     packages = {module for module in PACK if FILES[f"tfmq.{module}"].name == "__init__.py"}
-    assert PACK - packages - found == set(UNREACHED)
+    assert PACK - packages - found == set()
 
 
 def test_imports_are_read_as_python_reads_them() -> None:
