@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .words import Choice
+
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
+AUTO = "auto"
+ACTIVATIONS = {
+    AUTO: Choice("whichever the calibrated errors and the cost on this machine favour"),
+    STATIC: Choice("a range per interval, from the calibration"),
+    DYNAMIC: Choice("a range per token, found at run time"),
+}
 INT, NF4, FP4 = "int", "nf4", "fp4"
 # Ways to lay out a static range over time that are no method to choose one interval's range.
 ONE_RANGE, TDQ = "one range", "tdq"
@@ -52,12 +60,11 @@ class Scheme:
 class Recipe:
     """What a person asks for.
 
-    `convolutions`: quantize Conv2d too. `activations`: "auto", "static" or "dynamic" (Linear only; a convolution is
-    always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax" per interval, "one range"
-    for all of time, or "tdq", a learned function of time (these two by mse). `branches_apart`: allow a grid of its own
-    for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
+    `convolutions`: quantize Conv2d too. `activations`: one of `ACTIVATIONS` (Linear only; a convolution is always
+    static). `ranges`: how a static range is chosen, one of `decide.grids.RANGES`. `branches_apart`: allow a grid of its
+    own for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
     `weight_format`: of Linear layers. `group`: wanted size of the groups of 4-bit weights. `rounding`: how 4-bit codes
-    are found, one of `ROUNDINGS`. activation_bits 16 leaves activations in float.
+    are found, one of `rounding.efforts.EFFORTS`. activation_bits 16 leaves activations in float.
     `mixed`: choose the bits per layer from {4, 8, 16}, with the least error under `budget` bytes, or with the fewest
     bytes whose predicted error is at least `quality` dB below the prediction (0: not asked for).
     """
@@ -66,7 +73,7 @@ class Recipe:
     weight_bits: int = 8
     activation_bits: int = 8
     convolutions: bool = True
-    activations: str = "auto"
+    activations: str = AUTO
     ranges: str = "mse"
     branches_apart: bool = True
     temporal: str = "float"
@@ -79,17 +86,23 @@ class Recipe:
 
 
 UNDER_A_SIZE, AT_A_QUALITY = "best under a size", "smallest at a quality"
-ROUNDINGS = ("nearest", "fast", "balanced", "best", "best+")
-PRESETS = {
-    "W8A8": Recipe("W8A8"),
-    "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),
-    "W4A8": Recipe("W4A8", weight_bits=4),
-    "W4A16": Recipe("W4A16", weight_bits=4, activation_bits=16),
-    "W4A16 NF4": Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
-    "W4A16 FP4": Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
-    UNDER_A_SIZE: Recipe(UNDER_A_SIZE, mixed=True),
-    AT_A_QUALITY: Recipe(AT_A_QUALITY, mixed=True),
+RECIPES = {
+    "W8A8": Choice("8-bit weights and activations", Recipe("W8A8")),
+    "W8A8 Linear only": Choice("convolutions stay in float", Recipe("W8A8 Linear only", convolutions=False)),
+    "W4A8": Choice("4-bit weights, half the size", Recipe("W4A8", weight_bits=4)),
+    "W4A16": Choice("4-bit weights, computes in float", Recipe("W4A16", weight_bits=4, activation_bits=16)),
+    "W4A16 NF4": Choice(
+        "the same, Linear layers by bitsandbytes",
+        Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
+    ),
+    "W4A16 FP4": Choice(
+        "the same, in its other format",
+        Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
+    ),
+    UNDER_A_SIZE: Choice("4, 8 or 16 bits per layer, at most size_mb", Recipe(UNDER_A_SIZE, mixed=True)),
+    AT_A_QUALITY: Choice("4, 8 or 16 bits per layer, at least quality_db", Recipe(AT_A_QUALITY, mixed=True)),
 }
+PRESETS: dict[str, Recipe] = {name: choice.value for name, choice in RECIPES.items()}
 
 
 @dataclass(frozen=True)

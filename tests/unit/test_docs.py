@@ -99,7 +99,7 @@ def test_every_help_page_names_every_input_of_its_node():
             continue
         template = {c for outer in calls if _called(outer) == "TemplatePrefix" for c in ast.walk(outer)}
         for call in calls:
-            if _called(call) == "Input" and call not in template:
+            if _called(call) in ("Input", "combo") and call not in template:
                 name = call.args[0].value
                 assert f"`{name}`" in page.read_text(encoding="utf-8"), f"{page.name} says nothing about {name}"
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.affine import affine_grid, histogram_error, search_range
+from ..formats.affine import MSE, SEARCHES, affine_grid, histogram_error, search_range
 from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, TDQ
+from ..words import Choice
 
+# How a static range is chosen. Those that span intervals (`tdq.over_time`) are judged by MSE in each of them.
+RANGES = {
+    **SEARCHES,
+    ONE_RANGE: Choice("one range for all of time"),
+    TDQ: Choice("a learned smooth function of time (TDQ)"),
+}
 Grid = tuple[Tensor, Tensor]  # scale float32 [I], zero point int32 [I]
 
 
@@ -31,7 +38,7 @@ def grid_error(statistics: LayerStatistics, grid: Grid, bits: int = 8) -> float:
 
 
 def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> Grid:
-    method = "mse" if method in (ONE_RANGE, TDQ) else method
+    method = MSE if method in (ONE_RANGE, TDQ) else method
     low, high = search_range(histogram, statistics.bin_low, statistics.bin_high, method, bits)
     # The histogram's bins are wider than the data; never reach beyond what was seen.
     low, high = torch.maximum(low, statistics.low.clamp_max(0)), torch.minimum(high, statistics.high.clamp_min(0))

@@ -25,9 +25,10 @@ from ..geometry import Geometry, geometry_of
 from ..kernels import install
 from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, costs_of, pick, refusals
 from ..observe.calibration import Calibration
+from ..rounding.efforts import NEAREST
 from ..rounding.reconstruct import Result
 from ..runtime.leaf import LeafCore
-from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
+from ..scheme import INT, NONE, STATIC, Plan, Recipe
 from ..solve.layer import solve_layer
 from ..state import LayerState
 from ..temporal.tib import boundary_layers
@@ -185,7 +186,7 @@ def quantize(
 def _rounded(patcher: ModelPatcher, calibration: Calibration, plan: Plan, progress: Any) -> Result | None:
     """The codes of the 4-bit layers, by the recipe's way of rounding; None for nearest."""
     fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
-    if plan.recipe.rounding == ROUNDINGS[0] or not fours:
+    if plan.recipe.rounding == NEAREST or not fours:
         return None
     told = time.monotonic()
 

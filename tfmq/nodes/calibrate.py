@@ -9,18 +9,11 @@ from comfy_api.latest import io, ui
 
 from ..errors import TfmqError
 from ..host import calibrate as calibration
-from ..observe import sampling_times as steps_of_run
-from . import CATEGORY, CalibrationType
+from ..host.step_choice import RULES
+from ..observe.sampling_times import TRAJECTORY
+from . import CATEGORY, CalibrationType, combo
 
-
-def _look() -> Any:
-    return io.Combo.Input(
-        "look", options=list(steps_of_run.RULES), default=steps_of_run.TRAJECTORY, advanced=True, optional=True,
-        tooltip=(
-            "Which steps of each run are looked at: all of them (trajectory), half of them evenly over the log "
-            "signal-to-noise ratio, or half of them drawn from PTQ4DM's normal distribution."
-        ),
-    )  # fmt: skip
+LOOK = "Which steps of each run are looked at."
 
 
 class Calibrate(io.ComfyNode):
@@ -71,7 +64,7 @@ class Calibrate(io.ComfyNode):
                     "intervals", default=25, min=1, max=200, advanced=True,
                     tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
                 ),
-                _look(),
+                combo("look", RULES, LOOK, advanced=True, optional=True),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="summary")],
         )  # fmt: skip
@@ -80,7 +73,7 @@ class Calibrate(io.ComfyNode):
     def execute(
         cls, model: Any, latent: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
         clip: Any = None, prompts: str = "", positives: Any = None, negative: Any = None, intervals: int = 25,
-        look: str = steps_of_run.TRAJECTORY,
+        look: str = TRAJECTORY,
     ) -> io.NodeOutput:  # fmt: skip
         given = [p for p in (positives or {}).values() if p is not None]
         if prompts.strip() or not given:
@@ -128,7 +121,7 @@ class CalibrateCustom(io.ComfyNode):
                     "intervals", default=25, min=1, max=200, advanced=True,
                     tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
                 ),
-                _look(),
+                combo("look", RULES, LOOK, advanced=True, optional=True),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="summary")],
         )  # fmt: skip
@@ -136,7 +129,7 @@ class CalibrateCustom(io.ComfyNode):
     @classmethod
     def execute(
         cls, noise: Any, guider: Any, sampler: Any, sigmas: Any, latent: Any, clip: Any = None, prompts: str = "",
-        intervals: int = 25, look: str = steps_of_run.TRAJECTORY,
+        intervals: int = 25, look: str = TRAJECTORY,
     ) -> io.NodeOutput:  # fmt: skip
         positives = calibration.encode_prompts(clip, prompts) if prompts.strip() else None
         steps = len(sigmas) - 1

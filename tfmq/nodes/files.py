@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..errors import TfmqError
 from ..host import quantize, store, summary
 from ..host.temporal import table as temporal_table
-from . import CATEGORY
+from . import CATEGORY, combo
 
 
 class Save(io.ComfyNode):
@@ -29,13 +29,9 @@ class Save(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From TFMQ Quantize."),
                 io.String.Input("filename_prefix", default="tfmq/model", tooltip="Folder and name of the file."),
-                io.Combo.Input(
-                    "temporal", options=[temporal_table.WEIGHTS, temporal_table.TABLE], default=temporal_table.WEIGHTS,
+                combo(
+                    "temporal", temporal_table.SAVED_AS, "How layers that only know the timestep are saved.",
                     advanced=True, optional=True,
-                    tooltip=(
-                        "Layers that only know the timestep: by their weights, or as a table over all timesteps in "
-                        "place of them (Qwen-Image, AuraFlow, Wan 2.1, Lumina 2, Z-Image, PixArt-Sigma, SD1.5)."
-                    ),
                 ),
             ],
             outputs=[io.String.Output(display_name="path")],

@@ -8,12 +8,14 @@ from typing import Any
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..decide.grids import RANGES
 from ..errors import TfmqError
 from ..formats.int4 import GROUPS
 from ..host import quantize, summary
 from ..host.temporal import quantize as temporal_quant
-from ..scheme import AT_A_QUALITY, PRESETS, ROUNDINGS, UNDER_A_SIZE
-from . import CATEGORY, CalibrationType
+from ..rounding.efforts import EFFORTS
+from ..scheme import ACTIVATIONS, AT_A_QUALITY, PRESETS, RECIPES, UNDER_A_SIZE, Recipe
+from . import CATEGORY, CalibrationType, combo
 
 
 class Quantize(io.ComfyNode):
@@ -32,43 +34,14 @@ class Quantize(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The same MODEL that went into TFMQ Calibrate."),
                 CalibrationType.Input("calibration", tooltip="From TFMQ Calibrate."),
-                io.Combo.Input(
-                    "recipe", options=list(PRESETS), default="W8A8",
-                    tooltip=(
-                        "How small. W8A8: 8-bit weights and activations. Linear only: convolutions stay in float. "
-                        "W4A8: 4-bit weights, half the size. W4A16: 4-bit weights, computes in float (NF4, FP4: Linear "
-                        "layers by bitsandbytes). Best under a size, smallest at a quality: 4, 8 or 16 bits per layer."
-                    ),
+                combo("recipe", RECIPES, "How small the model becomes."),
+                combo("activations", ACTIVATIONS, "Ranges of the inputs of Linear layers.", advanced=True),
+                combo("ranges", RANGES, "How a static range is chosen.", advanced=True),
+                combo(
+                    "temporal", temporal_quant.MODES, "Layers that only know the timestep (SD1.5-like models).",
+                    advanced=True, optional=True,
                 ),
-                io.Combo.Input(
-                    "activations", options=["auto", "static", "dynamic"], default="auto", advanced=True,
-                    tooltip="Linear layers: ranges per interval from the calibration, or per token at run time.",
-                ),
-                io.Combo.Input(
-                    "ranges", options=["mse", "percentile", "minmax", "one range", "tdq"], default="mse", advanced=True,
-                    tooltip=(
-                        "How a static range is chosen: per interval by least error, percentile or extremes; one range "
-                        "for all of time; or a learned smooth function of time (TDQ)."
-                    ),
-                ),
-                io.Combo.Input(
-                    "temporal", options=list(temporal_quant.MODES), default=temporal_quant.FLOAT, advanced=True,
-                    optional=True,
-                    tooltip=(
-                        "Layers that only know the timestep (SD1.5-like models): left in float, in integers with "
-                        "rounding fitted to all timesteps, or the best mix with caches within the bytes of int8."
-                    ),
-                ),
-                io.Combo.Input(
-                    "effort", options=list(ROUNDINGS), default=ROUNDINGS[0], optional=True,
-                    tooltip=(
-                        "How long, for 4-bit weights. nearest: seconds. fast: rounding that makes up for its own "
-                        "errors. balanced: and for those of the layers before, scales tuned block by block; minutes "
-                        "for a small model, longer for yours. best: rounding learnt block by block as well, days on a "
-                        "CPU. best+: balanced (not best), then scales and time embedding fine-tuned against the float "
-                        "model's predictions."
-                    ),
-                ),
+                combo("effort", EFFORTS, "How 4-bit weights are rounded, and how long it takes.", optional=True),
                 io.Combo.Input(
                     "group", options=[str(g) for g in GROUPS], default=str(GROUPS[0]), advanced=True, optional=True,
                     tooltip="Weights that share a range in 4 bits: fewer are more precise and a little larger.",
@@ -101,8 +74,9 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, calibration: Any, recipe: str, activations: str = "auto", ranges: str = "mse",
-        temporal: str = temporal_quant.FLOAT, effort: str = ROUNDINGS[0], group: str = str(GROUPS[0]),
+        cls, model: Any, calibration: Any, recipe: str, activations: str = Recipe.activations,
+        ranges: str = Recipe.ranges, temporal: str = Recipe.temporal, effort: str = Recipe.rounding,
+        group: str = str(GROUPS[0]),
         size_mb: float = 0.0, quality_db: float = 35.0, plan: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         wanted = replace(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 TRAJECTORY, UNIFORM, NDTC = "trajectory", "uniform log-SNR", "NDTC"
-RULES = (TRAJECTORY, UNIFORM, NDTC)
 NDTC_MEAN, NDTC_DEVIATION = 0.4, 0.4
 
 

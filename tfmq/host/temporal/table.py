@@ -31,12 +31,19 @@ from ...temporal.features import EMBEDDING, TemporalGraph, inner_layers, tempora
 from ...temporal.inputs import Call, NotCovered, projections_of
 from ...temporal.tib import Tib, find_tib
 from ...timeline import TimeAxis
-from ...words import counted
+from ...words import Choice, counted
 from ..model import PREFIX
 
 NAME = "tfmq_temporal_table"
 MANIFEST = "temporal_table"  # key in the manifest of a file
 WEIGHTS, TABLE = "weights", "table"
+SAVED_AS = {
+    WEIGHTS: Choice("as they are"),
+    TABLE: Choice(
+        "rows for all timesteps in place of the weights (Qwen-Image, AuraFlow, Wan 2.1, Lumina 2, Z-Image, "
+        "PixArt-Sigma, SD1.5)"
+    ),
+}
 KEYS = "tfmq_temporal_table:"  # of the curve's tensors in a file
 MEGABYTE = 1e6
 CHUNK = 256  # timesteps that go through the device at a time
