@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .words import Choice
@@ -15,6 +15,7 @@ ACTIVATIONS = {
     DYNAMIC: Choice("a range per token, found at run time"),
 }
 INT, NF4, FP4 = "int", "nf4", "fp4"
+SMALLEST_GROUP = 16  # columns of a 4-bit weight, or channels of a rotation
 # Ways to lay out a static range over time that are no method to choose one interval's range.
 ONE_RANGE, TDQ = "one range", "tdq"
 
@@ -44,6 +45,32 @@ class Scheme:
     weight_format: str = INT
     permuted: bool = False
 
+    def problem(self) -> str | None:
+        """Why no layer can have this scheme, in words that follow "has" or "gives"; None where some layer can."""
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if type(value) is not kind:
+                return f"the {f.name} {value!r}, where {'an int' if kind is int else f'a {kind.__name__}'} belongs"
+        if self.weight_bits not in (4, 8):
+            return f"{self.weight_bits} bits per weight, not 4 or 8"
+        if self.activation not in (STATIC, DYNAMIC, NONE):
+            return f"activation {self.activation!r}, not static, dynamic or none"
+        if self.activation != NONE and not 2 <= self.activation_bits <= 8:
+            return f"{self.activation_bits} activation bits, not 2 to 8"
+        if self.weight_format not in (INT, NF4, FP4):
+            return f"the weight format {self.weight_format!r}, not int, nf4 or fp4"
+        if self.weight_format != INT and (self.weight_bits != 4 or self.activation != NONE):
+            return f"the format {self.weight_format}, which is for Linear layers with 4-bit weights and activation none"
+        if self.weight_format == INT and self.weight_bits == 4 and not _is_width(self.group):
+            return f"4 bits in groups of {self.group}, not a power of 2 from {SMALLEST_GROUP} on"
+        if self.branches not in (1, 2):
+            return f"{self.branches} branches, not 1 or 2"
+        if self.rotation and not _is_width(self.rotation):
+            return f"a rotation in blocks of {self.rotation}, not a power of 2 from {SMALLEST_GROUP} on"
+        if self.permuted and not self.rotation:
+            return "permutations, which only a rotation has"
+        return None
+
     @property
     def label(self) -> str:
         suffix = ", branches apart" if self.branches > 1 else ""
@@ -54,6 +81,10 @@ class Scheme:
         if self.activation == NONE:
             return f"W{self.weight_bits}A16{group}{balanced}"
         return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{group}{balanced}{suffix}"
+
+
+def _is_width(columns: int) -> bool:
+    return columns >= SMALLEST_GROUP and columns & (columns - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +152,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Raises KeyError, TypeError or ValueError for what is no plan, or has a scheme that cannot be."""
         layers = {path: Scheme(**scheme) for path, scheme in data["layers"].items()}
+        for path, scheme in layers.items():
+            if problem := scheme.problem():
+                raise ValueError(f"layer {path} has {problem}")
         temporal = dict(data.get("temporal", {}))
         return cls(Recipe(**data["recipe"]), layers, dict(data["reasons"]), dict(data["left"]), temporal)
