@@ -9,21 +9,42 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.temporal_error import adherence_of
 from demo import checkpoint as demo_checkpoint
 from devkit import inprocess
+from tfmq.decide.candidates import dynamic_error
+from tfmq.decide.grids import grid_error, static_grid
+from tfmq.decide.tdq import TimeRanges, one_grid
+from tfmq.observe.statistics import LayerStatistics
 
 PICTURES, CALIBRATION, HELD_OUT = 12, 8, 4
 INTERVALS = 25
 BITS = (8, 6)
+
+
+@dataclass(frozen=True)
+class RangeErrors:
+    """Relative L2 error of one layer's input under each way to choose its range; per_token is None for convolutions."""
+
+    one: float
+    intervals: float
+    tdq: float
+    per_token: float | None
+
+    @property
+    def best_static(self) -> str:
+        """ "one", "intervals" or "tdq"."""
+        return min(("one", "intervals", "tdq"), key=lambda name: getattr(self, name))
 
 
 @torch.inference_mode()  # as in the host
@@ -82,9 +103,8 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
             say(f"ranges: {bits} bits, {name}: {found[name]['psnr_db']} dB")
         assert plan is not None
         layers = {p: calibration.layers[p] for p in plan.layers}
-        errors = tdq.compare(
-            layers, tdq.fit(layers, calibration.partition, bits), calibration.partition, bits, judge=judge["layers"]
-        )
+        learnt = tdq.fit(layers, calibration.partition, bits)
+        errors = compare(layers, learnt, calibration.partition.centers, bits, judge["layers"])
         linear = [p for p in errors if layers[p].kind == "linear"]
         columns = {"one_range": "one", "intervals_25": "intervals", "tdq": "tdq", "per_token": "per_token"}
         for name, column in columns.items():
@@ -97,6 +117,31 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
         result[f"{bits} bits"] = found
     result["sampling"] = _sampling_rules(pack, model, calibration, judge["layers"])
     return result
+
+
+def compare(
+    layers: Mapping[str, LayerStatistics],
+    ranges: TimeRanges,
+    centers: tuple[float, ...],
+    bits: int,
+    judge: Mapping[str, LayerStatistics],
+) -> dict[str, RangeErrors]:
+    """Path -> errors of the four ways on `judge`, all learnt from `layers`.
+
+    centers: of the intervals of `layers`. judge: statistics with the same balance vectors; on `layers` itself the
+    errors flatter the ways with the most freedom.
+    """
+    learnt = ranges.table(torch.tensor(centers), bits)
+    return {
+        path: RangeErrors(
+            grid_error(judge[path], one_grid(layers[path], bits=bits), bits),
+            grid_error(judge[path], static_grid(layers[path], "mse", bits), bits),
+            grid_error(judge[path], learnt[path], bits),
+            dynamic_error(judge[path], bits) if layers[path].kind == "linear" else None,
+        )
+        for path in ranges.paths
+        if path in judge
+    }
 
 
 def _module(pack: ModuleType, name: str) -> ModuleType:
@@ -139,7 +184,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
 
 def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) -> dict[str, float]:
     """Rule -> mean layer error of one static 8-bit range that was learnt from the intervals where the rule looks."""
-    tdq, times = _module(pack, "decide.tdq"), _module(pack, "observe.sampling_times")
+    times = _module(pack, "observe.sampling_times")
     sampling = model.get_model_object("model_sampling")
     edges = torch.tensor([0.0, *calibration.partition.edges, 1.0]) * 999
     points = torch.arange(1000).float()
@@ -148,16 +193,31 @@ def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) 
         times.UNIFORM: times.uniform_log_snr(1024, points, log_snr),
         times.NDTC: times.ndtc(1024, 0.0, 999.0),
     }
-    weights = {times.TRAJECTORY: None} | {rule: times.interval_weights(t, edges) for rule, t in wanted.items()}
+    weights = {times.TRAJECTORY: None} | {rule: interval_weights(t, edges) for rule, t in wanted.items()}
     found = {}
     for rule, weight in weights.items():
         errors = [
-            tdq.grid_error(judge[p], tdq.one_grid(s, "mse", 8, weight))
+            grid_error(judge[p], one_grid(s if weight is None else weighted(s, weight)))
             for p, s in calibration.layers.items()
             if p in judge and not s.vector
         ]
         found[rule] = fmean(errors)
     return found
+
+
+def interval_weights(wanted: Tensor, edges: Tensor) -> Tensor:
+    """Share of the wanted timesteps in each interval: edges [I + 1], ascending -> float64 [I], sum 1."""
+    inner = edges[1:-1].to(wanted.dtype)
+    counts = torch.bincount(torch.bucketize(wanted, inner, right=True), minlength=edges.numel() - 1)
+    return counts.double() / counts.sum().clamp_min(1)
+
+
+def weighted(statistics: LayerStatistics, weights: Tensor) -> LayerStatistics:
+    """The statistics with the intervals counted as `weights` [I] says (the density of a calibration's timesteps)."""
+    counts = statistics.histogram.double()
+    counts = counts / counts.sum(1, keepdim=True).clamp_min(1) * weights.double().unsqueeze(1)
+    counts = counts / counts[counts > 0].min().clamp_min(1e-9) if bool((counts > 0).any()) else counts
+    return replace(statistics, histogram=counts)
 
 
 if __name__ == "__main__":

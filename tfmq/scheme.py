@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .words import Choice
+
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
+AUTO = "auto"
+ACTIVATIONS = {
+    AUTO: Choice("whichever the calibrated errors and the cost on this machine favour"),
+    STATIC: Choice("a range per interval, from the calibration"),
+    DYNAMIC: Choice("a range per token, found at run time"),
+}
 INT, NF4, FP4 = "int", "nf4", "fp4"
+SMALLEST_GROUP = 16  # columns of a 4-bit weight, or channels of a rotation
 # Ways to lay out a static range over time that are no method to choose one interval's range.
 ONE_RANGE, TDQ = "one range", "tdq"
 
@@ -36,6 +45,32 @@ class Scheme:
     weight_format: str = INT
     permuted: bool = False
 
+    def problem(self) -> str | None:
+        """Why no layer can have this scheme, in words that follow "has" or "gives"; None where some layer can."""
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if type(value) is not kind:
+                return f"the {f.name} {value!r}, where {'an int' if kind is int else f'a {kind.__name__}'} belongs"
+        if self.weight_bits not in (4, 8):
+            return f"{self.weight_bits} bits per weight, not 4 or 8"
+        if self.activation not in (STATIC, DYNAMIC, NONE):
+            return f"activation {self.activation!r}, not static, dynamic or none"
+        if self.activation != NONE and not 2 <= self.activation_bits <= 8:
+            return f"{self.activation_bits} activation bits, not 2 to 8"
+        if self.weight_format not in (INT, NF4, FP4):
+            return f"the weight format {self.weight_format!r}, not int, nf4 or fp4"
+        if self.weight_format != INT and (self.weight_bits != 4 or self.activation != NONE):
+            return f"the format {self.weight_format}, which is for Linear layers with 4-bit weights and activation none"
+        if self.weight_format == INT and self.weight_bits == 4 and not _is_width(self.group):
+            return f"4 bits in groups of {self.group}, not a power of 2 from {SMALLEST_GROUP} on"
+        if self.branches not in (1, 2):
+            return f"{self.branches} branches, not 1 or 2"
+        if self.rotation and not _is_width(self.rotation):
+            return f"a rotation in blocks of {self.rotation}, not a power of 2 from {SMALLEST_GROUP} on"
+        if self.permuted and not self.rotation:
+            return "permutations, which only a rotation has"
+        return None
+
     @property
     def label(self) -> str:
         suffix = ", branches apart" if self.branches > 1 else ""
@@ -48,16 +83,19 @@ class Scheme:
         return f"W{self.weight_bits}A{self.activation_bits} {self.activation}{group}{balanced}{suffix}"
 
 
+def _is_width(columns: int) -> bool:
+    return columns >= SMALLEST_GROUP and columns & (columns - 1) == 0
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a person asks for.
 
-    `convolutions`: quantize Conv2d too. `activations`: "auto", "static" or "dynamic" (Linear only; a convolution is
-    always static). `ranges`: how a static range is chosen: "mse", "percentile" or "minmax" per interval, "one range"
-    for all of time, or "tdq", a learned function of time (these two by mse). `branches_apart`: allow a grid of its own
-    for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
+    `convolutions`: quantize Conv2d too. `activations`: one of `ACTIVATIONS` (Linear only; a convolution is always
+    static). `ranges`: how a static range is chosen, one of `decide.grids.RANGES`. `branches_apart`: allow a grid of its
+    own for conditional and unconditional rows. `temporal`: what becomes of the temporal path; "float" leaves it alone.
     `weight_format`: of Linear layers. `group`: wanted size of the groups of 4-bit weights. `rounding`: how 4-bit codes
-    are found, one of `ROUNDINGS`. activation_bits 16 leaves activations in float.
+    are found, one of `rounding.efforts.EFFORTS`. activation_bits 16 leaves activations in float.
     `mixed`: choose the bits per layer from {4, 8, 16}, with the least error under `budget` bytes, or with the fewest
     bytes whose predicted error is at least `quality` dB below the prediction (0: not asked for).
     """
@@ -66,7 +104,7 @@ class Recipe:
     weight_bits: int = 8
     activation_bits: int = 8
     convolutions: bool = True
-    activations: str = "auto"
+    activations: str = AUTO
     ranges: str = "mse"
     branches_apart: bool = True
     temporal: str = "float"
@@ -79,17 +117,23 @@ class Recipe:
 
 
 UNDER_A_SIZE, AT_A_QUALITY = "best under a size", "smallest at a quality"
-ROUNDINGS = ("nearest", "fast", "balanced", "best", "best+")
-PRESETS = {
-    "W8A8": Recipe("W8A8"),
-    "W8A8 Linear only": Recipe("W8A8 Linear only", convolutions=False),
-    "W4A8": Recipe("W4A8", weight_bits=4),
-    "W4A16": Recipe("W4A16", weight_bits=4, activation_bits=16),
-    "W4A16 NF4": Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
-    "W4A16 FP4": Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
-    UNDER_A_SIZE: Recipe(UNDER_A_SIZE, mixed=True),
-    AT_A_QUALITY: Recipe(AT_A_QUALITY, mixed=True),
+RECIPES = {
+    "W8A8": Choice("8-bit weights and activations", Recipe("W8A8")),
+    "W8A8 Linear only": Choice("convolutions stay in float", Recipe("W8A8 Linear only", convolutions=False)),
+    "W4A8": Choice("4-bit weights, half the size", Recipe("W4A8", weight_bits=4)),
+    "W4A16": Choice("4-bit weights, computes in float", Recipe("W4A16", weight_bits=4, activation_bits=16)),
+    "W4A16 NF4": Choice(
+        "the same, Linear layers by bitsandbytes",
+        Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
+    ),
+    "W4A16 FP4": Choice(
+        "the same, in its other format",
+        Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
+    ),
+    UNDER_A_SIZE: Choice("4, 8 or 16 bits per layer, at most size_mb", Recipe(UNDER_A_SIZE, mixed=True)),
+    AT_A_QUALITY: Choice("4, 8 or 16 bits per layer, at least quality_db", Recipe(AT_A_QUALITY, mixed=True)),
 }
+PRESETS: dict[str, Recipe] = {name: choice.value for name, choice in RECIPES.items()}
 
 
 @dataclass(frozen=True)
@@ -108,6 +152,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Raises KeyError, TypeError or ValueError for what is no plan, or has a scheme that cannot be."""
         layers = {path: Scheme(**scheme) for path, scheme in data["layers"].items()}
+        for path, scheme in layers.items():
+            if problem := scheme.problem():
+                raise ValueError(f"layer {path} has {problem}")
         temporal = dict(data.get("temporal", {}))
         return cls(Recipe(**data["recipe"]), layers, dict(data["reasons"]), dict(data["left"]), temporal)

@@ -15,6 +15,7 @@ import torch
 from support import patchers, tiny
 
 driver = patchers.module("tfmq.rounding.reconstruct")
+efforts = patchers.module("tfmq.rounding.efforts")
 finetune = patchers.module("tfmq.rounding.finetune")
 adaround = patchers.module("tfmq.rounding.adaround")
 model = patchers.module("tfmq.host.model")
@@ -28,7 +29,7 @@ RATES = {"activation_rate": 1e-3, "weight_rate": 1e-3, "bias_rate": 1e-3}
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(driver.SETTINGS, driver.BALANCED, BALANCED)
+    monkeypatch.setitem(efforts.EFFORTS, efforts.BALANCED, efforts.Choice("", BALANCED))
     few = dataclasses.replace(finetune.SETTINGS, iterations=4, every=2, **RATES)
     monkeypatch.setattr(finetune, "SETTINGS", few)
 

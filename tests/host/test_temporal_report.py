@@ -10,7 +10,7 @@ import torch
 
 from support import patchers, tiny
 
-report_nodes = patchers.module("nodes_report")
+report_nodes = patchers.module("tfmq.nodes.temporal")
 look = patchers.module("tfmq.host.step_choice")
 times = patchers.module("tfmq.observe.sampling_times")
 
@@ -55,7 +55,7 @@ def test_budget_too_small_is_told_so() -> None:
         report_nodes.TemporalReport.execute(patchers.load(), 1, tiar_steps=0)
 
 
-@pytest.mark.parametrize("rule", times.RULES)
+@pytest.mark.parametrize("rule", look.RULES)
 def test_rules_look_at_their_steps(rule: str, tmp_path: Path) -> None:
     model = patchers.load()
     with patchers.files_in(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from support.temporal import AXIS, small_graph
 from tfmq.errors import TfmqError
 from tfmq.temporal import curve
-from tfmq.temporal.curve import GRID, LOW_RANK, ROWS, Curve, fit, layer_functions, scheduled
+from tfmq.temporal.curve import GRID, LOW_RANK, ROWS, Curve, fit, layer_functions
 from tfmq.timeline import TimeAxis
 
 
@@ -68,14 +68,6 @@ def test_outside_of_the_axis_is_refused(layers):
     made = fit(layers, AXIS, discrete=True, points=200)
     with pytest.raises(TfmqError, match="outside"):
         made.at(torch.tensor([250.0]))
-
-
-def test_a_schedule_is_exact_and_refuses_all_else(layers):
-    t = torch.tensor([199.0, 120.25, 3.0])
-    made = scheduled(layers, AXIS, t)
-    assert worst(made.at(t), {p: f(t) for p, f in layers.items()}) < 1e-5
-    with pytest.raises(TfmqError, match="none of them"):
-        made.at(torch.tensor([121.0]))
 
 
 def test_an_interrupt_passes_through(layers):

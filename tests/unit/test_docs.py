@@ -51,7 +51,7 @@ def commands(content: str) -> list[list[str]]:
 
 
 def node_ids() -> list[str]:
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.glob("nodes*.py"))]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "tfmq" / "nodes").glob("*.py"))]
     keywords = (k for tree in trees for call in ast.walk(tree) if isinstance(call, ast.Call) for k in call.keywords)
     return [k.value.value for k in keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)]
 
@@ -95,7 +95,7 @@ def test_every_help_page_belongs_to_a_node():
 
 
 def test_every_help_page_names_every_input_of_its_node():
-    bodies = [ast.parse(file.read_text(encoding="utf-8")).body for file in ROOT.glob("nodes*.py")]
+    bodies = [ast.parse(file.read_text(encoding="utf-8")).body for file in (ROOT / "tfmq" / "nodes").glob("*.py")]
     for node in (n for body in bodies for n in body if isinstance(n, ast.ClassDef)):
         calls = [c for c in ast.walk(node) if isinstance(c, ast.Call)]
         page = next(
@@ -105,7 +105,7 @@ def test_every_help_page_names_every_input_of_its_node():
             continue
         template = {c for outer in calls if _called(outer) == "TemplatePrefix" for c in ast.walk(outer)}
         for call in calls:
-            if _called(call) == "Input" and call not in template:
+            if _called(call) in ("Input", "combo") and call not in template:
                 name = call.args[0].value
                 assert f"`{name}`" in page.read_text(encoding="utf-8"), f"{page.name} says nothing about {name}"
 

@@ -71,6 +71,8 @@ def test_single_fields(plan: Plan, calibration: Calibration) -> None:
         ({"unseen": 4}, "never saw it run"),
         ({"odd": 4}, "groups of 0"),
         ({"a": {"weight_bits": 4, "group": 64}}, "groups of 64"),
+        ({"conv": {"weight_bits": 4, "group": 48}}, "groups of 48"),
+        ({"a": {"weight_bits": 8, "activation": "none", "weight_format": "nf4"}}, "4-bit weights"),
         ({"a": {"weight_bits": 4, "speed": 3}}, "field 'speed'"),
         ({"a": {"activation_bits": "8"}}, "activation_bits '8'"),
         ({"a": {"activation_bits": 1}}, "1 activation bits"),

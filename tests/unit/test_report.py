@@ -169,7 +169,7 @@ def test_compare_holds_means_and_every_image():
     ],
 )
 def test_bad_images_are_refused_in_one_sentence(reference, candidate, says):
-    for function in (metrics.psnr, metrics.ssim, metrics.lpips_or_none, metrics.compare, sheet.side_by_side):
+    for function in (metrics.psnr, metrics.ssim, metrics.compare, sheet.side_by_side):
         with pytest.raises(ValueError, match=says) as caught:
             function(reference, candidate)
         assert "\n" not in str(caught.value)
@@ -230,7 +230,7 @@ def test_lpips_with_an_empty_torchvision_says_so(lpips_home, monkeypatch):
 
 
 def test_lpips_without_weights_is_never_built(lpips_home):
-    assert metrics.lpips_or_none(noise(40, 40, 3), noise(40, 40, 3, seed=1)) is None
+    assert metrics.compare(noise(40, 40, 3), noise(40, 40, 3, seed=1))["lpips"] is None
     reason = metrics.lpips_unavailable_reason()
     assert "https://example.org/models/alex-12.pth" in reason
     assert str(lpips_home / "alex-12.pth") in reason
@@ -260,9 +260,8 @@ def test_lpips_with_weights_is_measured_and_built_once(lpips_home):
     assert result["per_image"][0]["lpips"] == 0
     assert result["per_image"][1]["lpips"] == pytest.approx(float(reference[1].mean()), rel=1e-5)  # |2a - 2b|, b = a/2
     assert result["lpips"] == pytest.approx(result["per_image"][1]["lpips"] / 2)
-    assert metrics.lpips_or_none(reference, candidate) == pytest.approx(result["lpips"])
-    assert metrics.lpips_or_none(reference[..., :1], candidate[..., :1]) > 0
-    assert metrics.lpips_or_none(reference[:, :30], candidate[:, :30]) is None
+    assert metrics.compare(reference[..., :1], candidate[..., :1])["lpips"] > 0
+    assert metrics.compare(reference[:, :30], candidate[:, :30])["lpips"] is None
     assert FakeLpips.built == 1
 
 

@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from tfmq.observe.sampling_times import interval_weights, ndtc, nearest_steps, trajectory, uniform_log_snr
-
-
-def test_trajectory_takes_the_runs_own_steps():
-    steps = torch.tensor([999.0, 750.0, 500.0, 250.0, 0.0])
-    assert trajectory(3, steps).tolist() == [999.0, 500.0, 0.0]
+from tfmq.observe.sampling_times import ndtc, nearest_steps, uniform_log_snr
 
 
 def test_uniform_in_log_snr():
@@ -36,11 +31,6 @@ def test_ndtc_is_a_normal_without_a_heap_at_the_ends():
 def test_a_step_is_found_by_its_timestep_and_not_by_its_number():
     run = torch.tensor([999.0, 666.0, 333.0, 0.0])  # step 0 is the noisiest
     assert nearest_steps(torch.tensor([0.0, 990.0, 340.0]), run).tolist() == [3, 0, 2]
-
-
-def test_interval_weights():
-    weights = interval_weights(torch.tensor([1.0, 2.0, 11.0, 29.0]), torch.tensor([0.0, 10.0, 20.0, 30.0]))
-    assert weights.tolist() == [0.5, 0.25, 0.25]
 
 
 def test_none_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import temporal_ranges
 from tfmq.decide import tdq
 from tfmq.decide.grids import static_grid
 from tfmq.formats.affine import quantize_affine, quantize_rows
@@ -46,12 +47,17 @@ def ranges(layers):
 
 
 def test_tdq_follows_time_where_there_is_something_to_follow(layers, ranges):
-    found = tdq.compare(layers, ranges, PARTITION, 6)
+    found = temporal_ranges.compare(layers, ranges, PARTITION.centers, 6, layers)
     assert found["moves"].tdq < 0.9 * found["moves"].one
     assert found["moves"].tdq < 1.1 * found["moves"].intervals
     assert found["still"].tdq <= 1.02 * found["still"].one
     assert found["still"].per_token is None
     assert found["moves"].per_token == pytest.approx(1e-2 * 255 / 63)
+
+
+def test_interval_weights():
+    weights = temporal_ranges.interval_weights(torch.tensor([1.0, 2.0, 11.0, 29.0]), torch.tensor([0.0, 10, 20, 30]))
+    assert weights.tolist() == [0.5, 0.25, 0.25]
 
 
 def test_unvisited_intervals_are_filled_smoothly():
@@ -81,7 +87,7 @@ def test_one_range_covers_the_widest_interval_unless_told_to_look_elsewhere(laye
     _, high = tdq.one_range(s, "minmax")
     assert float(high) == pytest.approx(float(s.high.max()), rel=0.02)
     only_first = torch.zeros(INTERVALS).index_fill(0, torch.tensor([0]), 1.0)
-    _, narrow = tdq.one_range(s, "mse", weights=only_first)
+    _, narrow = tdq.one_range(temporal_ranges.weighted(s, only_first), "mse")
     assert float(narrow) < 0.5 * float(high)
 
 

@@ -12,7 +12,7 @@ from bench.temporal_share import share
 from bench.temporal_tiny import TINY, fill, tiny_inputs, tiny_model, tiny_run
 from devkit.inprocess import use_host
 from devkit.paths import host_dir
-from tfmq.temporal.probe import find_by_probe
+from support.probe import find_by_probe
 from tfmq.temporal.tib import Tib, boundary_layers, find_tib
 
 needs_host = pytest.mark.skipif(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import TfmqError
 from ..formats.hadamard import group_of
-from ..formats.int4 import group_for
 from ..kernels.costs import FREE, Costs
 from ..observe.calibration import Calibration
 from ..observe.statistics import LayerStatistics
-from ..runtime.branches import BRANCHES
 from ..scheme import DYNAMIC, INT, NONE, STATIC, Plan, Scheme
 from .candidates import scheme_of
 
@@ -87,44 +85,31 @@ def _wanted(text: str) -> dict[str, Any]:
 
 
 def _scheme(path: str, decided: Scheme, given: Mapping[str, Any]) -> Scheme:
-    known = {f.name: type(getattr(decided, f.name)) for f in fields(Scheme)}
-    for name, value in given.items():
-        if name not in known:
-            raise TfmqError(f"The plan gives layer {path} a field {name!r}, which no scheme has: take it out.")
-        if type(value) is not known[name]:
-            raise TfmqError(
-                f"The plan gives layer {path} the {name} {value!r}: a {known[name].__name__} belongs there."
-            )
-    return Scheme(**(asdict(decided) | dict(given)))
+    unknown = given.keys() - asdict(decided).keys()
+    if unknown:
+        raise TfmqError(f"The plan gives layer {path} a field {min(unknown)!r}, which no scheme has: take it out.")
+    return replace(decided, **given)
 
 
 def _require_possible(path: str, scheme: Scheme, statistics: LayerStatistics) -> None:
+    """Raises TfmqError for a scheme that cannot be, or not of this layer."""
     conv, channels = statistics.kind == "conv2d", statistics.shape[1]
-    grouped = 0 if scheme.weight_bits == 8 or scheme.weight_format != INT else scheme.group
-    problem = None
-    if scheme.activation not in (STATIC, DYNAMIC, NONE):
-        problem = f"activation {scheme.activation!r}: there are static, dynamic and none"
+    problem = scheme.problem()
+    if problem is not None:
+        pass
     elif conv and scheme.activation == DYNAMIC:
         problem = "activations per token, which a convolution has not"
-    elif scheme.activation != NONE and not 2 <= scheme.activation_bits <= 8:
-        problem = f"{scheme.activation_bits} activation bits: there are 2 to 8"
-    elif scheme.weight_format != INT and (conv or scheme.activation != NONE):
-        problem = f"the format {scheme.weight_format}, which is for Linear layers with activation none"
-    elif scheme.weight_bits == 4 and scheme.weight_format == INT and not _divides(grouped, channels):
-        problem = (
-            f"4 bits in groups of {grouped}: powers of 2 from 16 that divide its {channels} input channels will do"
-        )
+    elif conv and scheme.weight_format != INT:
+        problem = f"the format {scheme.weight_format}, which is for Linear layers"
+    elif scheme.weight_bits == 4 and scheme.weight_format == INT and channels % scheme.group:
+        problem = f"4 bits in groups of {scheme.group}, which do not divide its {channels} input channels"
     elif scheme.balanced and statistics.balance is None:
         problem = "a balance, which the calibration did not find worth it"
-    elif scheme.branches not in (1, BRANCHES) or (scheme.branches == BRANCHES and statistics.branches is None):
+    elif scheme.branches > 1 and statistics.branches is None:
         problem = "ranges for two branches, which the calibration did not find worth it"
     elif scheme.rotation and (conv or statistics.rotated is None or scheme.rotation != group_of(channels)):
         problem = f"a rotation in blocks of {scheme.rotation}, which the calibration did not look at"
-    elif scheme.permuted and (not scheme.rotation or statistics.permutations is None):
+    elif scheme.permuted and statistics.permutations is None:
         problem = "permutations, which the calibration did not find worth it"
     if problem is not None:
         raise TfmqError(f"The plan gives layer {path} {problem}: change that.")
-
-
-def _divides(group: int, channels: int) -> bool:
-    return group > 0 and group_for(channels, group) == group

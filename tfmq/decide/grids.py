@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.affine import affine_grid, search_range
+from ..formats.affine import MSE, SEARCHES, affine_grid, histogram_error, search_range
 from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, TDQ
+from ..words import Choice
+
+# How a static range is chosen. Those that span intervals (`tdq.over_time`) are judged by MSE in each of them.
+RANGES = {
+    **SEARCHES,
+    ONE_RANGE: Choice("one range for all of time"),
+    TDQ: Choice("a learned smooth function of time (TDQ)"),
+}
+Grid = tuple[Tensor, Tensor]  # scale float32 [I], zero point int32 [I]
 
 
-def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> tuple[Tensor, Tensor]:
+def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> Grid:
     """Scale [I] float32 and zero point [I] int32 of every interval, unvisited ones filled from their neighbours.
 
     With branches == 2: [2, I], for conditional and unconditional rows.
@@ -21,8 +30,15 @@ def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branche
     return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
 
 
-def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> tuple[Tensor, Tensor]:
-    method = "mse" if method in (ONE_RANGE, TDQ) else method
+def grid_error(statistics: LayerStatistics, grid: Grid, bits: int = 8) -> float:
+    """Relative L2 error of a table of grids on the histograms of `statistics`, over all intervals."""
+    s = statistics
+    error, energy = histogram_error(s.histogram, s.bin_low, s.bin_high, *grid, bits).sum(0)
+    return float((error / energy.clamp_min(1e-30)).sqrt())
+
+
+def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> Grid:
+    method = MSE if method in (ONE_RANGE, TDQ) else method
     low, high = search_range(histogram, statistics.bin_low, statistics.bin_high, method, bits)
     # The histogram's bins are wider than the data; never reach beyond what was seen.
     low, high = torch.maximum(low, statistics.low.clamp_max(0)), torch.minimum(high, statistics.high.clamp_min(0))

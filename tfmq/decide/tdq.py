@@ -5,8 +5,7 @@ at run time, so that it costs nothing there. Here it is trained after the calibr
 gives both ends of the range (so scale and zero point of an affine grid), and its loss is the error |x - q(x)|^2.4 that
 it is expected to make on the histogram of every interval. All layers train at once.
 
-The alternatives that it is measured against are here too: one range for all of time, one per interval
-(`decide.grids`), and a range per token (as the calibration observed it).
+One range for all of time is here too; one per interval is in `decide.grids`.
 """
 
 from __future__ import annotations
@@ -20,20 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats.affine import RANGE_NORM, affine_grid, bin_centers, histogram_error, search_range
+from ..formats.affine import RANGE_NORM, affine_grid, bin_centers, search_range
 from ..observe.calibration import Calibration
 from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, STATIC, TDQ, Plan
 from ..temporal.features import sinusoid
 from ..timeline import Partition
-from .grids import static_grid
+from .grids import Grid
 
 CHANNELS, WIDTH, DEPTH = 32, 64, 3  # of the embedding of t; of the hidden layers; how many (paper: 4 layers are best)
 BINS = 256
 STEPS, RATE = 400, 5e-3
 MAX_PERIOD = 200.0  # in intervals: nothing in the embedding turns faster than one radian per interval
-
-Grid = tuple[Tensor, Tensor]  # scale float32 [I], zero point int32 [I]
 
 
 @dataclass(frozen=True)
@@ -50,21 +47,6 @@ class TimeRanges:
         """Positions on the time axis [P] (centres of the intervals of any partition) -> path -> grid per position."""
         low, high = _ranges(self.parameters, self.unit, _embed(positions, self.intervals))
         return {p: affine_grid(low[i], high[i], bits) for i, p in enumerate(self.paths)}
-
-
-@dataclass(frozen=True)
-class RangeErrors:
-    """Relative L2 error of one layer's input under each way to choose its range; per_token is None for convolutions."""
-
-    one: float
-    intervals: float
-    tdq: float
-    per_token: float | None
-
-    @property
-    def best_static(self) -> str:
-        """ "one", "intervals" or "tdq"."""
-        return min(("one", "intervals", "tdq"), key=lambda name: getattr(self, name))
 
 
 def fit(
@@ -115,18 +97,10 @@ def fit(
     return TimeRanges(paths, partition.count, tuple(kept), unit.detach())
 
 
-def one_range(
-    statistics: LayerStatistics, method: str = "mse", bits: int = 8, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One range for all of time from the pooled histograms: low, high, float32 [1].
-
-    weights: share of each interval [I] in the pool (the density of a calibration's timesteps); by default as counted.
-    """
+def one_range(statistics: LayerStatistics, method: str = "mse", bits: int = 8) -> tuple[Tensor, Tensor]:
+    """One range for all of time from the pooled histograms: low, high, float32 [1]."""
     low, high = statistics.bin_low.double().min(), statistics.bin_high.double().max()
     counts = statistics.histogram.double()
-    if weights is not None:
-        counts = counts / counts.sum(1, keepdim=True).clamp_min(1) * weights.double().unsqueeze(1)
-        counts = counts / counts[counts > 0].min().clamp_min(1e-9) if bool((counts > 0).any()) else counts
     bins = 2 * counts.shape[1]
     place = (bin_centers(counts, statistics.bin_low, statistics.bin_high) - low) / (high - low).clamp_min(1e-30) * bins
     pooled = torch.zeros(bins, dtype=torch.float64)
@@ -139,27 +113,11 @@ def one_range(
     return a, b
 
 
-def one_grid(statistics: LayerStatistics, method: str = "mse", bits: int = 8, weights: Tensor | None = None) -> Grid:
+def one_grid(statistics: LayerStatistics, method: str = "mse", bits: int = 8) -> Grid:
     """`one_range` as a table: the same grid for every interval."""
-    scale, zero = affine_grid(*one_range(statistics, method, bits, weights), bits)
+    scale, zero = affine_grid(*one_range(statistics, method, bits), bits)
     count = statistics.histogram.shape[0]
     return scale.repeat(count), zero.repeat(count)
-
-
-def grid_error(statistics: LayerStatistics, grid: Grid, bits: int = 8) -> float:
-    """Relative L2 error of a table of grids on the histograms of `statistics`, over all intervals."""
-    s = statistics
-    sums = histogram_error(s.histogram, s.bin_low, s.bin_high, *grid, bits).sum(0)
-    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
-
-
-def per_token_error(statistics: LayerStatistics, bits: int = 8) -> float | None:
-    """Relative L2 error of per-token quantization, None where it was not observed (convolutions).
-
-    Observed with 8 bits; rounding errors of fewer bits are taken as proportional to the step.
-    """
-    error, energy = statistics.row_error.sum(0).tolist()
-    return None if energy == 0 else (error / energy) ** 0.5 * 255 / (2**bits - 1)
 
 
 def over_time(plan: Plan, calibration: Calibration) -> dict[str, Grid]:
@@ -184,34 +142,6 @@ def _digest(statistics: LayerStatistics) -> bytes:
     for tensor in (s.histogram, s.bin_low, s.bin_high, s.low, s.high):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.digest()
-
-
-def compare(
-    layers: Mapping[str, LayerStatistics],
-    ranges: TimeRanges,
-    partition: Partition,
-    bits: int = 8,
-    method: str = "mse",
-    judge: Mapping[str, LayerStatistics] | None = None,
-) -> dict[str, RangeErrors]:
-    """Path -> errors of the four ways, all learnt from `layers`.
-
-    judge: statistics of other samples with the same balance vectors; without them the errors are those on the
-    calibration itself, which flatter the ways with the most freedom.
-    """
-    learnt = ranges.table(torch.tensor(partition.centers), bits)
-    out = {}
-    for path in ranges.paths:
-        own, seen = layers[path], (judge or layers).get(path)
-        if seen is None:
-            continue
-        out[path] = RangeErrors(
-            grid_error(seen, one_grid(own, method, bits), bits),
-            grid_error(seen, static_grid(own, method, bits), bits),
-            grid_error(seen, learnt[path], bits),
-            per_token_error(seen, bits),
-        )
-    return out
 
 
 def _embed(positions: Tensor, intervals: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..words import Choice
+
 INT8_MAX = 127
 UINT8_MAX = 255
 RANGE_NORM = 2.4  # exponent of the error that a range search minimises; Q-Diffusion (2302.04304), implementation
@@ -79,31 +81,21 @@ def search_range(
 ) -> tuple[Tensor, Tensor]:
     """Clipping range of a static grid from histograms.
 
-    histogram [I, B] counts over equal bins of [low, high] ([I] each). method: "minmax" (outermost filled bins),
-    "percentile" (99.99 % of the mass) or "mse" (least sum |x - q(x)|^2.4). Returns low, high [I], float32, low <= 0 <=
-    high. A row without any count returns zeros.
+    histogram [I, B] counts over equal bins of [low, high] ([I] each). method: one of `SEARCHES`. Returns low, high [I],
+    float32, low <= 0 <= high. A row without any count returns zeros. Raises ValueError for another method.
     """
+    if method not in SEARCHES:
+        raise ValueError(f"unknown range method {method!r}")
     counts = histogram.double()
     bins = counts.shape[1]
     low, high = low.double(), high.double()
     width = (high - low) / bins
     filled = counts > 0
-    total = counts.sum(1)
     ends = torch.stack([_outer_bins(row) for row in filled])
     lo = (low + ends[:, 0] * width).clamp_max(0.0)
     hi = (low + (ends[:, 1] + 1) * width).clamp_min(0.0)
-    if method == "percentile":
-        mass = counts.cumsum(1) / total.clamp_min(1).unsqueeze(1)
-        tail = 5e-5
-        first = (mass <= tail).sum(1)
-        last = (mass < 1 - tail).sum(1)
-        lo = (low + first * width).clamp(max=0.0)
-        hi = (low + (last + 1) * width).clamp(min=0.0)
-    elif method == "mse":
-        lo, hi = _least_error(counts, bin_centers(counts, low, high), lo, hi, bits)
-    elif method != "minmax":
-        raise ValueError(f"unknown range method {method!r}")
-    empty = total == 0
+    lo, hi = SEARCHES[method].value(counts, low, high, lo, hi, bits)
+    empty = counts.sum(1) == 0
     return lo.masked_fill(empty, 0.0).float(), hi.masked_fill(empty, 0.0).float()
 
 
@@ -139,7 +131,21 @@ def _grid_error(x: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, norm: flo
     return torch.where(beyond > 0, beyond.pow(norm) + rounding, rounding)
 
 
-def _least_error(counts: Tensor, centers: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+# The searches: counts [I, B] over equal bins of [low, high], outermost filled bins lo, hi [I] -> the range, [I] each.
+def _outermost(counts: Tensor, low: Tensor, high: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return lo, hi
+
+
+def _percentile(counts: Tensor, low: Tensor, high: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    width = (high - low) / counts.shape[1]
+    mass = counts.cumsum(1) / counts.sum(1).clamp_min(1).unsqueeze(1)
+    tail = 5e-5
+    first, last = (mass <= tail).sum(1), (mass < 1 - tail).sum(1)
+    return (low + first * width).clamp(max=0.0), (low + (last + 1) * width).clamp(min=0.0)
+
+
+def _least_error(counts: Tensor, low: Tensor, high: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    centers = bin_centers(counts, low, high)
     # Coordinate search: shrink both ends together, then each end alone, out to the data again if that is better. One
     # end is often a hard edge (a SiLU never goes under -0.2785) that must not be cut when the other end's tail is.
     factors = torch.linspace(1.0, 0.3, 36, dtype=torch.float64, device=counts.device)
@@ -173,3 +179,11 @@ def _cut(counts: Tensor, centers: Tensor, ends: Tensor) -> Tensor:
     at = (ends / unit.squeeze(1)).float()
     cut = torch.stack([(counts * (e.unsqueeze(1) - places).clamp_min(0).pow(RANGE_NORM)).sum(1) for e in at])
     return cut.double() * unit.squeeze(1).pow(RANGE_NORM)
+
+
+MSE = "mse"
+SEARCHES = {
+    MSE: Choice("a range per interval, with the least error", _least_error),  # sum |x - q(x)|^2.4
+    "percentile": Choice("a range per interval, 99.99 % of the values", _percentile),
+    "minmax": Choice("a range per interval, all values", _outermost),
+}

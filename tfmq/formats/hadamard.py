@@ -20,13 +20,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-LARGEST, SMALLEST = 256, 16
+from ..scheme import SMALLEST_GROUP
+
+LARGEST = 256
 
 
 def group_of(channels: int) -> int:
     """Block size for so many input channels: the largest power of two up to 256 that divides them, or 0 under 16."""
     group = min(channels & -channels, LARGEST)
-    return group if group >= SMALLEST else 0
+    return group if group >= SMALLEST_GROUP else 0
 
 
 def rotate(x: Tensor, group: int, permutations: Tensor | None = None) -> Tensor:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scheme import SMALLEST_GROUP
+
 TOP = 15  # largest code
 LARGEST_FACTOR = 15  # 15 * 8 fits int8
-SMALLEST_GROUP = 16
 GROUPS = (32, 64, 128)
 # What the range search tries: the channel's scale below the one that covers everything, then each group's step below
 # its own range.

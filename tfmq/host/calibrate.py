@@ -71,7 +71,7 @@ def calibrate(
 ) -> tuple[CalibrationHandle, bool]:
     """Calibrate, or find the sidecar of an identical request. Returns the handle and whether it was there already.
 
-    look: which steps of a run the observers see (`temporal.sampling_times`).
+    look: which steps of a run the observers see, one of `step_choice.RULES`.
     The MODEL is unchanged on every way out, interrupt included. Raises TfmqError for anything the person can mend.
     """
     require_float_model(patcher)

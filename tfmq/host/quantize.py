@@ -18,8 +18,9 @@ from ..decide.tdq import Grid, over_time
 from ..errors import TfmqError
 from ..kernels.table import costs_of
 from ..observe.calibration import Calibration
+from ..rounding.efforts import NEAREST
 from ..rounding.reconstruct import Result
-from ..scheme import INT, ROUNDINGS, Plan, Recipe, Scheme
+from ..scheme import INT, Plan, Recipe, Scheme
 from ..solve.layer import solve_layer
 from ..state import LayerState
 from ..timeline import Clock, TimeAxis
@@ -120,7 +121,7 @@ def _rounded(
 ) -> Result:
     """The codes of the 4-bit layers, by the recipe's way of rounding; none for nearest."""
     fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
-    if plan.recipe.rounding == ROUNDINGS[0] or not fours:
+    if plan.recipe.rounding == NEAREST or not fours:
         return Result({}, {}, 0, 0)
     told = time.monotonic()
 

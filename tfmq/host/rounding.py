@@ -23,6 +23,7 @@ from ..files import VERSION
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
 from ..rounding import reconstruct as driver
+from ..rounding.efforts import BALANCED, BEST_PLUS, EFFORTS, NEAREST
 from ..rounding.finetune import finetune
 from ..rounding.layer import Layer
 from ..rounding.precision import product_dtype
@@ -51,16 +52,16 @@ def run(
 ) -> driver.Result:
     """Round the weights, LoRA patches merged.
 
-    grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `ROUNDINGS`. progress:
+    grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `EFFORTS`. progress:
     called with (done, total, seconds left). folder: where finished units are kept; by default beside the calibrations,
     in a place that belongs to this request. options: of `rounding.reconstruct`. The MODEL is unchanged on every way
     out. Raises TfmqError for a calibration without samples.
     "best+" is "balanced", whose finished units it shares, and fine-tuning behind it.
     """
-    plus = preset == driver.BEST_PLUS
-    preset = driver.BALANCED if plus else preset
+    plus = preset == BEST_PLUS
+    preset = BALANCED if plus else preset
     samples = calibration.samples
-    if preset != driver.NEAREST and (samples is None or not samples.rows):
+    if preset != NEAREST and (samples is None or not samples.rows):
         raise TfmqError(_without_samples(samples))
     patcher = network.patcher
     layers = layers_of(network, calibration, plan, grids)
@@ -88,9 +89,9 @@ def run(
 
     device = patcher.load_device
     dtype = product_dtype(device)
-    if folder is None and preset in driver.SETTINGS:
+    if folder is None and EFFORTS[preset].value is not None:
         folder = _folder(calibration, plan, preset, dtype, options)
-    with replayed(patcher.clone(), samples, load=preset != driver.NEAREST, gradients=True) as replay:
+    with replayed(patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
         source, options = replay.source(), {"dtype": dtype} | options
         result = driver.reconstruct(
             network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
@@ -133,7 +134,7 @@ def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Map
 
 
 def _folder(calibration: Calibration, plan: Plan, preset: str, dtype: torch.dtype, options: dict[str, Any]) -> Path:
-    words = f"{VERSION} {preset} {driver.SETTINGS[preset]} {dtype} {options} {calibration.model} {calibration.sampling}"
+    words = f"{VERSION} {preset} {EFFORTS[preset].value} {dtype} {options} {calibration.model} {calibration.sampling}"
     digest = hashlib.sha256(words.encode())
     digest.update(json.dumps({path: asdict(scheme) for path, scheme in plan.layers.items()}).encode())
     digest.update(json.dumps([plan.recipe.ranges, calibration.settings], default=str).encode())

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 TRAJECTORY, UNIFORM, NDTC = "trajectory", "uniform log-SNR", "NDTC"
-RULES = (TRAJECTORY, UNIFORM, NDTC)
 NDTC_MEAN, NDTC_DEVIATION = 0.4, 0.4
-
-
-def trajectory(count: int, timesteps: Tensor) -> Tensor:
-    """`count` of the run's own timesteps [S], evenly spaced over its steps: as the person samples."""
-    _check(count)
-    steps = torch.linspace(0, timesteps.numel() - 1, count, dtype=torch.float64).round().long()
-    return timesteps.float()[steps]
 
 
 def uniform_log_snr(count: int, points: Tensor, log_snr: Tensor) -> Tensor:
@@ -62,13 +54,6 @@ def nearest_steps(wanted: Tensor, timesteps: Tensor) -> Tensor:
     """Numbers of the steps of a run (timesteps [S], any order) at which the network sees a t nearest to each wanted
     one; int64, same length as `wanted`, repeats included. This is what to observe: x and t of that very step."""
     return (timesteps.double().unsqueeze(0) - wanted.double().unsqueeze(1)).abs().argmin(1)
-
-
-def interval_weights(wanted: Tensor, edges: Tensor) -> Tensor:
-    """Share of the wanted timesteps in each interval: edges [I + 1], ascending -> float64 [I], sum 1."""
-    inner = edges[1:-1].to(wanted.dtype)
-    counts = torch.bincount(torch.bucketize(wanted, inner, right=True), minlength=edges.numel() - 1)
-    return counts.double() / counts.sum().clamp_min(1)
 
 
 def _check(count: int) -> None:

@@ -45,17 +45,6 @@ def ssim(reference: Tensor, candidate: Tensor, data_range: float = 1.0) -> float
     return _mean(_ssim_each(*image_pair(reference, candidate), data_range))
 
 
-def lpips_or_none(reference: Tensor, candidate: Tensor) -> float | None:
-    """Learned perceptual distance (Zhang et al. 2018, version 0.1, AlexNet), mean over the batch; 0 is identical.
-
-    None where `lpips_unavailable_reason` has a reason, and for images under 31 pixels on a side, which the network
-    cannot take. Grey images are repeated to three channels, channels beyond the third are ignored. Never downloads.
-    Errors as in `psnr`.
-    """
-    values = _lpips_each(*image_pair(reference, candidate))
-    return None if values is None else _mean(values)
-
-
 def lpips_unavailable_reason() -> str | None:
     """One sentence on why there is no LPIPS on this machine and what would bring it; None where there is."""
     try:
@@ -68,10 +57,11 @@ def lpips_unavailable_reason() -> str | None:
 def compare(reference: Tensor, candidate: Tensor) -> dict[str, Any]:
     """All metrics of two image batches of the same shape, data range 1.
 
-    Returns `psnr_db`, `ssim`, `lpips` (float or None): means as the single functions give them; `images`: their
-    number; `identical`: how many are equal to their reference to the last bit (left out of the mean of `psnr_db`);
-    `per_image`: a list with `psnr_db`, `ssim`, `lpips` of each. `psnr_db` is `inf` for identical images, which strict
-    JSON cannot hold. Errors as in `psnr`.
+    Returns `psnr_db`, `ssim`: means as the single functions give them. `lpips`: mean learned perceptual distance (Zhang
+    et al. 2018, version 0.1, AlexNet), never downloaded; None where `lpips_unavailable_reason` has a reason, and under
+    31 pixels on a side, which the network cannot take. `images`: their number. `identical`: how many are equal to
+    their reference to the last bit (left out of the mean of `psnr_db`). `per_image`: a list with `psnr_db`, `ssim`,
+    `lpips` of each. `psnr_db` is `inf` for identical images, which strict JSON cannot hold. Errors as in `psnr`.
     """
     first, second = image_pair(reference, candidate)
     psnrs = _psnr_each(first, second, 1.0)

@@ -25,6 +25,7 @@ from ..state import Rounded
 from . import tree
 from .adaround import Call, Group, Settings, Starting, adaround, measure
 from .checkpoint import read_unit, write_unit
+from .efforts import EFFORTS, NEAREST
 from .forwards import plain_parameters
 from .gptq4 import LIMIT, Gram, feedback, input_columns
 from .lanes import Lane
@@ -33,13 +34,6 @@ from .progress import Countdown
 from .scales import Scales, tune_scales
 from .units import Unit, find_units
 
-NEAREST, FAST, BALANCED, BEST = "nearest", "fast", "balanced", "best"
-BEST_PLUS = "best+"  # balanced, and `finetune` behind it
-SETTINGS = {
-    # No AdaRound: from the codes of the corrected error feedback it found nothing in hundreds of steps (measured).
-    BALANCED: Settings(iterations=0, scale_iterations=150, batch=16, rate=1e-2),
-    BEST: Settings(iterations=20_000, scale_iterations=5_000, batch=32, rate=1e-3),  # Q-Diffusion's
-}
 BUDGET = 4 << 30  # bytes of collected inputs, outputs and normal equations
 # Rows per pass: odd numbers that no other dimension of a tensor is likely to be a multiple of.
 BATCHES = (31, 17, 7, 5, 3, 2)
@@ -102,7 +96,7 @@ def reconstruct(
     to this request alone. progress: called with (done, total, seconds left); what it raises passes through.
     The modules of the network are as before on every way out. Raises TfmqError for too few samples.
     """
-    chosen = settings or SETTINGS.get(preset)
+    chosen = settings or EFFORTS[preset].value
     with torch.inference_mode(False), torch.no_grad():
         work = _Work(network, layers, weight, source, device, chosen, folder, budget, dtype, seed, progress)
         try:

@@ -8,8 +8,6 @@ way between its points), and the smallest that keeps the tolerance is taken:
 - low rank: the best basis of r directions (singular vectors of the curve, all layers sharing the coefficients) and the
   coefficients of every timestep, with cubic interpolation between the timesteps of a continuous axis;
 - rows: every timestep of a discrete axis as it is.
-
-`scheduled` keeps exact rows for a stated list of timesteps and refuses every other.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from ..errors import TfmqError
 from ..timeline import TimeAxis
 from .features import TemporalGraph
 
-GRID, LOW_RANK, ROWS, SCHEDULE = "grid", "low rank", "rows", "schedule"
+GRID, LOW_RANK, ROWS = "grid", "low rank", "rows"
 KNOTS = (33, 65, 129, 257, 513)
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 POINTS = 1000
@@ -37,7 +35,7 @@ Layers = Mapping[str, Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Curve:
-    """kind: one of GRID, LOW_RANK, ROWS, SCHEDULE. times: float32 [G], the timesteps of the knots, ascending.
+    """kind: one of GRID, LOW_RANK, ROWS. times: float32 [G], the timesteps of the knots, ascending.
 
     rows: path -> [G, N], or [r, N] of LOW_RANK; coefficients: float32 [G, r] of LOW_RANK. worst_error, mean_error: of
     || f' - f || / || f || over all layers and judged timesteps. trials: all that was tried, for people to read.
@@ -58,7 +56,7 @@ class Curve:
         return own + (0 if self.coefficients is None else self.coefficients.nbytes)
 
     def at(self, t: Tensor) -> dict[str, Tensor]:
-        """t [B] -> float32 features [B, N] of every layer. Raises TfmqError for a t outside the axis or schedule."""
+        """t [B] -> float32 features [B, N] of every layer. Raises TfmqError for a t outside the axis."""
         t = t.float()
         span = self.axis.high - self.axis.low
         if bool((t < self.axis.low - 1e-4 * span).any()) or bool((t > self.axis.high + 1e-4 * span).any()):
@@ -67,15 +65,6 @@ class Curve:
                 f"Timestep {beyond:g} lies outside of the span that the temporal curve was made for "
                 f"({self.axis.low:g} .. {self.axis.high:g}): use the model's own sampling."
             )
-        if self.kind == SCHEDULE:
-            index = (t.unsqueeze(1) - self.times).abs().argmin(1)
-            off = (self.times[index] - t).abs() > 1e-6 * span
-            if bool(off.any()):
-                raise TfmqError(
-                    f"The temporal features were saved for {self.times.numel()} stated timesteps, and "
-                    f"{float(t[off][0]):g} is none of them: sample with the same sampler, scheduler and steps."
-                )
-            return {path: rows[index].float() for path, rows in self.rows.items()}
         position = _position(t, self.axis, self.times.numel())
         if self.coefficients is None:
             return {path: _interpolated(rows, position) for path, rows in self.rows.items()}
@@ -188,12 +177,6 @@ def fit(
     return Curve(kind, axis, knots, rows_of, shares, worst[best], mean[best], trials)
 
 
-def scheduled(layers: Layers, axis: TimeAxis, timesteps: Tensor) -> Curve:
-    """Rows for the stated timesteps only, in float32: exact there, and an error everywhere else."""
-    times = timesteps.float().unique()
-    return Curve(SCHEDULE, axis, times, {path: feature(times) for path, feature in layers.items()}, None, 0.0, 0.0)
-
-
 def _coefficients(layers: Layers, times: Tensor, tell: Callable[[], None]) -> Tensor:
     """Left singular vectors of the curve [T, D] of all layers, as float32 [T, r], by falling singular value. They come
     from the T x T matrix of inner products, to which every layer adds its share alone."""
@@ -224,7 +207,7 @@ def _position(t: Tensor, axis: TimeAxis, count: int) -> Tensor:
     """Timesteps -> float64 place among `count` evenly spaced knots, 0 .. count - 1."""
     place = (t.double() - axis.low) / (axis.high - axis.low) * (count - 1)
     place = place.clamp(0, count - 1)
-    # A timestep that is a knot shall give the knot's own row, to the bit.
+    # A timestep that is a knot gives the knot's own row, to the bit.
     near = place.round()
     return torch.where((place - near).abs() < 1e-4, near, place)
 

@@ -33,7 +33,7 @@ def is_layer(module: torch.nn.Module) -> bool:
 
 
 def find_tib(diffusion_model: torch.nn.Module) -> Tib:
-    """The TIB by the table; `Tib("unknown", {}, ())` where no row fits (then `probe.find_by_probe` can look).
+    """The TIB by the table; `Tib("unknown", {}, ())` where no row fits.
 
     Works on any device, the meta device included, and runs nothing. Raises TypeError if it is not given a module.
     """

@@ -16,13 +16,19 @@ from ...temporal.packing import pack, signed_zero_point
 from ...temporal.selection import CACHE8, CACHE16, NONE, Selection, int8_table, select
 from ...temporal.tiar import tiar
 from ...timeline import TimeAxis
+from ...words import Choice
 from ..network import Network
 from .graph import graph_of
 from .leaf import TemporalState, temporal_state
 
 FLOAT, INT8, INT4, SELECTED = "float", "int8 (TIAR + FSC)", "int4 (TIAR + FSC)", "selected"
-MODES = (FLOAT, INT8, INT4, SELECTED)
-BITS = {INT8: 8, INT4: 4}
+# The value: bits of all layers.
+MODES = {
+    FLOAT: Choice("left as they are"),
+    INT8: Choice("8 bits, with rounding fitted to all timesteps", 8),
+    INT4: Choice("4 bits, the same", 4),
+    SELECTED: Choice("per layer the least error of these and of caches, in at most the bytes of int8"),
+}
 INTERVALS = 25  # parts of the time axis of which a selection may cache some and not others
 
 Progress = Callable[[int, int], None]
@@ -65,7 +71,7 @@ def solve(network: Network, mode: str, axis: TimeAxis, progress: Progress) -> Te
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress(done + number * len(graph.layers), total)
 
-        tibs[name] = tiar(graph, times, BITS[name], progress=tell).tib
+        tibs[name] = tiar(graph, times, MODES[name].value, progress=tell).tib
     with torch.inference_mode(False), torch.no_grad():
         times = FiniteSet(times.points.clone())
         if mode == SELECTED:

@@ -30,10 +30,18 @@ from ...temporal.inputs import Call, NotCovered, projections_of
 from ...temporal.table import Moment, Removed, TemporalTable
 from ...temporal.tib import Tib, find_tib
 from ...timeline import TimeAxis
+from ...words import Choice
 from ..model import PREFIX
 
 NAME = "tfmq_temporal_table"
 WEIGHTS, TABLE = "weights", "table"
+SAVED_AS = {
+    WEIGHTS: Choice("as they are"),
+    TABLE: Choice(
+        "rows for all timesteps in place of the weights (Qwen-Image, AuraFlow, Wan 2.1, Lumina 2, Z-Image, "
+        "PixArt-Sigma, SD1.5)"
+    ),
+}
 CHUNK = 256  # timesteps that go through the device at a time
 _UNCOVERED = {"lumina2": ("ref_latents", "ref_contexts", "siglip_feats")}
 

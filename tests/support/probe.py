@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from .tib import Tib, is_layer
+from tfmq.temporal.tib import Tib, is_layer
 
 NOTHING = "no TIB found"
 PROBED = "found by probe"
