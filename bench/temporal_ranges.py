@@ -118,7 +118,9 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
     for path, own in observer.observers.items():
         known = calibration.layers[path]
         own.balance, own.bin_low, own.bin_high = known.balance, known.bin_low.clone(), known.bin_high.clone()
-        own.histogram = torch.zeros(_module(pack, "runtime.branches").BRANCHES, *known.histogram.shape, dtype=torch.int64)
+        own.histogram = torch.zeros(
+            _module(pack, "runtime.branches").BRANCHES, *known.histogram.shape, dtype=torch.int64
+        )
     clone = model.clone()
 
     def watch(executor: Any, x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from tfmq.formats import int4
 from tfmq.formats.affine import affine_grid, quantize_affine, quantize_rows
 from tfmq.geometry import Geometry, Norm, StaticInput
-from tfmq.kernels import reference, table
-from tfmq.kernels.trial import trial
+from tfmq.kernels import reference, table, trial
 from tfmq.kernels.triton import (
     backend as triton_backend,
 )
@@ -27,9 +26,6 @@ from tfmq.kernels.triton import (
 )
 from tfmq.kernels.triton import (
     ops as triton_ops,
-)
-from tfmq.kernels.triton import (
-    probe as triton_probe,
 )
 from tfmq.kernels.triton.launch import Prepared, tuner
 from tfmq.kernels.triton.tune import Tile
@@ -482,19 +478,19 @@ def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
 # --- whether it works at all ----------------------------------------------------------------------------------------
 
 
-def test_the_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> str | None:
-        monkeypatch.setattr(triton_probe, "_found", {})
-        return triton_probe.fault(torch.device("cpu"))
+        monkeypatch.setattr(trial, "_found", {})
+        return trial.fault("triton", triton_backend, torch.device("cpu"))
 
     assert found() is None
     product, quantize = triton_launch.product, triton_launch.quantize_image
     with monkeypatch.context() as patch:
         patch.setattr(triton_launch, "product", lambda *args, **more: product(*args, **more) * 1.01)
-        assert "wrong sums here" in found()
+        assert "computes wrongly here (error of 0.01 in a small linear_static)" in found()
     with monkeypatch.context() as patch:
         patch.setattr(triton_launch, "quantize_image", lambda *args: quantize(*args) ^ 1)
-        assert "quantizes wrongly here (4224 of 4224 codes)" in found()
+        assert "computes wrongly here" in found()
     with monkeypatch.context() as patch:
 
         def raises(*_: object) -> None:
@@ -577,6 +573,6 @@ def test_a_compiled_graph_has_the_plain_product() -> None:
         near(torch.compile(call, backend="eager", fullgraph=True)(x), call(x))
 
 
-def test_the_trial_of_both() -> None:
-    for name in ("triton_backend", "triton_int_mm"):
-        assert trial(f"tfmq.kernels.{name}", torch.device("cpu")) is None
+def test_the_trial_of_what_is_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_found", {})
+    assert trial.fault("triton_int_mm", triton_int_mm, torch.device("cpu")) is None

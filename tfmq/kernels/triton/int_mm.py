@@ -18,7 +18,6 @@ from ...geometry import Codes, Geometry, StaticInput
 from .. import int_mm
 from ..int_mm import MIN_ROWS, MULTIPLE, PATCH_BYTES
 from ..rates import Passes, gathers, no_int8
-from ..trial import trial
 from . import backend as triton_backend
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ PASSES = Passes(2.0, 8.0, 2.0)
 
 @lru_cache
 def missing(device: torch.device) -> str | None:
-    """Why this device cannot run these operations, or None."""
+    """Why this device cannot run these operations as far as is known without a trial, or None."""
     reason = no_int8(device)
     if reason is None and torch.cuda.get_device_capability(device) >= triton_backend.CAPABILITY:
         reason = "Triton makes int8 products for this GPU itself"
-    return reason or triton_backend.unusable() or trial(__name__, device)
+    return reason or triton_backend.unusable()
 
 
 def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:

@@ -17,7 +17,7 @@ from ..device_time import stopwatch
 from .norm import channel_statistics_kernel, group_gain_kernel, layer_norm_quantize_kernel
 from .product import finish_kernel, product_kernel
 from .quantize import quantize_kernel, quantize_rows_kernel
-from .tune import Shape, Tile, Tuner, cache_file, machine, tiles_of
+from .tune import Shape, Tile, Tuner, cache_file, machine
 
 MULTIPLE = 16  # channels are padded to it: a load of 16 bytes needs an address that divides by 16
 SWIZZLE = 8
@@ -214,11 +214,6 @@ def product(
     with _on(q.device):
         run(tile or tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
     return out
-
-
-def smallest_tile(device: torch.device) -> Tile:
-    """The shipped tile with the smallest block: the one that asks least of a GPU."""
-    return min(tiles_of(machine(device).capability), key=lambda tile: (tile.m * tile.n, tile.stages * tile.k))
 
 
 def finish(
