@@ -135,10 +135,9 @@ def cases(capability: int) -> list[Case]:
     if capability in AROUND:
         return _around()
     from tfmq.kernels.triton import backend as triton_backend
-    from tfmq.kernels.triton import launch as triton_launch
 
-    def product(name: str, how: str, weight: Any, *rest: Any, tile: Tile | None = TILE, **more: Any) -> Case:
-        return Case(name, lambda: getattr(triton_backend, how)(rest[0], weight, *rest[1:], **more), tile)
+    def product(name: str, how: str, weight: Any, *rest: Any, tile: Tile | None = TILE) -> Case:
+        return Case(name, lambda: getattr(triton_backend, how)(rest[0], weight, *rest[1:]), tile)
 
     square, wide = _linear(640, 640), _linear(1280, 640)
     three, one = _conv(320, 320, 3), _conv(320, 640, 1)
@@ -157,20 +156,17 @@ def cases(capability: int) -> list[Case]:
     return [
         product("linear static", "linear_static", wide, rows, grid, row_bias),
         product("linear static, plain", "linear_static", square, rows, plain, None),
-        product("linear static, residual", "linear_static", square, rows, plain, None, residual=rows),
         product("linear per token", "linear_dynamic", wide, rows, grid.inverse_balance, row_bias),
         product("linear 4 bits of 32, per token", "linear_dynamic", _packed(640, 640, 0, 32), rows, None, None),
         product("linear 4 bits of 128", "linear_static", _packed(640, 640, 0, 128), rows, plain, None),
         product("conv 3 x 3", "conv2d_static", three, last, _grid(320), bias),
-        product("conv 3 x 3, residual, NCHW", "conv2d_static", three, image, plain, bias, residual=last),
+        product("conv 3 x 3, NCHW", "conv2d_static", three, image, plain, bias),
         product("conv 3 x 3, split", "conv2d_static", three, last, plain, bias, tile=TILE._replace(split=4)),
         product("conv 3 x 3, stride 2", "conv2d_static", _conv(320, 320, 3, 2), last, plain, bias),
         product("conv 1 x 1", "conv2d_static", one, last, plain, row_bias[:640]),
         product("conv 3 x 3, 4 bits of 64", "conv2d_static", _packed(320, 320, 3, 64), last, plain, bias),
         Case("conv behind its norm",
              lambda: triton_backend.conv2d_static_normed(last, three, _grid(320), bias, norm)),
-        Case("layer norm", lambda: triton_launch.layer_norm_quantize(
-            rows[0], row_bias[:640], row_bias[:640], 1e-5, grid, 640)),
         product("linear static, bfloat16", "linear_static", square, rows.bfloat16(), plain, row_bias[:640].bfloat16()),
         product("linear per token, float32", "linear_dynamic", square, rows.float(), None, row_bias[:640].float()),
         product("linear static, odd", "linear_static", odd, narrow, _grid(37), None),
@@ -192,11 +188,11 @@ def _around() -> list[Case]:
     grid, plain = _grid(64), _grid(None)
     return [
         Case("around: linear static", lambda: triton_int_mm.linear_static(rows, linear, grid, bias)),
-        Case("around: linear static, residual", lambda: triton_int_mm.linear_static(rows, linear, plain, None, rows)),
+        Case("around: linear static, plain", lambda: triton_int_mm.linear_static(rows, linear, plain, None)),
         Case("around: linear per token", lambda: triton_int_mm.linear_dynamic(rows, linear, None, bias)),
         Case(
             "around: linear, bfloat16",
-            lambda: triton_int_mm.linear_dynamic(rows.bfloat16(), linear, None, bias.bfloat16(), 8, rows.bfloat16()),
+            lambda: triton_int_mm.linear_dynamic(rows.bfloat16(), linear, None, bias.bfloat16()),
         ),
         Case("around: linear, float32", lambda: triton_int_mm.linear_static(rows.float(), linear, grid, None)),
         Case("around: conv 3 x 3", lambda: triton_int_mm.conv2d_static(image, conv, plain, bias)),

@@ -104,9 +104,9 @@ def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.zeros(5, 32)
     triton_backend.linear_static(x, weight, grid, None)
     triton_backend.linear_dynamic(x, weight, None, None)
-    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16, tile=Tile(64, 64, 64, 2, 4, 2))
+    monkeypatch.setattr(triton_launch.tuner, "choose", lambda *_: Tile(64, 64, 64, 2, 4, 2))
+    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16)
     triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
-    triton_launch.layer_norm_quantize(x, torch.ones(32), torch.zeros(32), 1e-5, grid, 32)
     assert all(hasattr(one, "call") for one in recorded.values())
 
 
@@ -186,7 +186,7 @@ def test_the_shipped_tiles_fit(capability: int) -> None:
 POINTERS = {
     "x": "*fp16", "q": "*i8", "codes": "*i8", "factor": "*u8", "zero": "*u8", "inverse": "*fp32", "act_scale": "*fp32",
     "act_zero": "*i32", "row_scale": "*fp32", "row_offset": "*fp32", "scale": "*fp32", "sums": "*i32", "bias": "*fp16",
-    "residual": "*fp16", "out": "*fp16", "partial": "*i32", "gain": "*fp32", "shift": "*fp32", "mean": "*fp32",
+    "out": "*fp16", "partial": "*i32", "gain": "*fp32", "shift": "*fp32", "mean": "*fp32",
     "spread": "*fp32", "weight": "*fp16", "eps": "fp32",
 }  # fmt: skip
 ALIGNED = {"n", "c", "k", "q_k", "q_c", "stride_m", "stride_w"}  # numbers that divide by 16 in real models
@@ -208,17 +208,16 @@ def build(kernel, capability: int, options: dict[str, int], **constants):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False, residual: bool = False):
+def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False):
     from tfmq.kernels.triton.product import product_kernel
 
     size = 3 if conv else 1
     absent = ["act_scale", "act_zero"] if dynamic else ["row_scale", "row_offset"]
     absent += [] if group else ["factor", "zero"]
-    absent += [] if residual else ["residual"]
     absent += [] if tile.split > 1 else ["partial"]
     return build(
         product_kernel, capability, {"num_warps": tile.warps, "num_stages": tile.stages}, KH=size, KW=size,
-        DENSE=not conv, GROUP=group, DYNAMIC=dynamic, HAS_BIAS=True, HAS_RESIDUAL=residual, EVEN_K=True,
+        DENSE=not conv, GROUP=group, DYNAMIC=dynamic, HAS_BIAS=True, EVEN_K=True,
         SPLIT=tile.split, BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=8, **dict.fromkeys(absent),
     )  # fmt: skip
 
@@ -234,14 +233,14 @@ def wide(built: object, what: str) -> tuple[int, int]:
 def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
     tile = Tile(128, 128, 64, 8, 8, 3)
     each = 128 * 128 // (32 * tile.warps)  # results of a thread
-    for how in {"conv": True}, {"conv": False, "dynamic": True}, {"conv": False, "residual": True}:
+    for how in {"conv": True}, {"conv": False, "dynamic": True}:
         written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
         assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
     assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
     from tfmq.kernels.triton.product import finish_kernel
 
-    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "SPLIT": 2, "BM": 32, "BN": 64}
-    absent = dict.fromkeys(["row_scale", "row_offset", "residual"])
+    flags = {"DYNAMIC": False, "HAS_BIAS": True, "SPLIT": 2, "BM": 32, "BN": 64}
+    absent = dict.fromkeys(["row_scale", "row_offset"])
     built = build(finish_kernel, capability, {"num_warps": 4}, **flags, **absent)
     each = 32 * 64 // (32 * 4)
     assert wide(built, "st") == (each // 8,) * 2

@@ -141,7 +141,7 @@ def rows(dtype: torch.dtype, lengths: tuple[int, ...] = (1, 70, 640, 4097, 9000)
 
 
 def norms(dtype: torch.dtype, count: int | None = None, *, place: Place) -> None:
-    """GroupNorm and SiLU with static quantization, and LayerNorm."""
+    """GroupNorm and SiLU with static quantization."""
     for shape, groups in (
         ((2, 32, 4, 4), 8), ((1, 30, 3, 5), 3), ((9, 8, 1, 1), 2), ((1, 96, 20, 20), 32), ((2, 320, 64, 64), 32),
     )[:count]:  # fmt: skip
@@ -160,30 +160,22 @@ def norms(dtype: torch.dtype, count: int | None = None, *, place: Place) -> None
                 value = F.silu(value) if silu else value
                 what = f"group norm, {shape} in {groups} groups"
                 place.judge.static_codes(what, q, value.permute(0, 2, 3, 1), grid, NORM_SLACK, pad=1)
-    for m, k in ((7, 40), (3, 1), (33, 640), (2, 5000))[:count]:
-        x = place.normal(m, k, dtype=dtype) * 2 + 30
-        weight, bias = place.normal(k, dtype=dtype), place.normal(k, dtype=dtype)
-        for grid in (place.grid(k, 120), place.grid(None, 120)):
-            q = launch.layer_norm_quantize(x, weight, bias, 1e-5, grid, launch.round_up(k))
-            if not place.judge.silent:
-                value = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5)
-                place.judge.static_codes(f"layer norm, {m} x {k}", q, value, grid, NORM_SLACK)
 
 
 LINEARS = ((5, 24, 13), (130, 320, 200), (37, 130, 70), (1, 16, 1), (154, 768, 320), (513, 1280, 72))
 
 
 def linears(dtype: torch.dtype, tile: Tile, count: int | None = None, *, place: Place) -> None:
-    """Linear layers with static and per-token activations, with bias, with a residual, split and not."""
+    """Linear layers with static and per-token activations, with and without bias, split and not."""
     for m, k, n in LINEARS[:count]:
         layer = place.layer(Geometry((n, k)))
-        x, bias, residual = (place.normal(*size, dtype=dtype) for size in ((m, k), (n,), (m, n)))
+        x, bias = (place.normal(*size, dtype=dtype) for size in ((m, k), (n,)))
         for split in (1, 4):
             with forced(tile._replace(split=split)):
                 what = f"{m} x {k} x {n} split {split}"
                 place.check_linear(f"static {what}", layer, x, place.grid(k), bias)
                 if split == 1:
-                    place.check_linear(f"residual {what}", layer, x, place.grid(), None, residual)
+                    place.check_linear(f"plain {what}", layer, x, place.grid(), None)
                     place.check_linear(f"per token {what}", layer, x, place.grid(k), bias, dynamic=True)
     if count is None:
         place.check_linear("per token in 4 bits", layer, x, place.grid(), None, dynamic=True, bits=4)
@@ -200,18 +192,17 @@ CONVOLUTIONS = (
 
 
 def convolutions(dtype: torch.dtype, tile: Tile, count: int | None = None, *, place: Place) -> None:
-    """Any kernel, stride, padding and dilation; with a residual; behind a norm."""
+    """Any kernel, stride, padding and dilation; behind a norm."""
     for geometry, shape in CONVOLUTIONS[:count]:
         n, c = geometry.shape[:2]
         layer = place.layer(geometry)
         x, bias = place.image(*shape, dtype, last=True), place.normal(n, dtype=dtype)
-        residual = place.normal(shape[0], n, *geometry.output_size(*shape[2:]), dtype=dtype)
         for split in (1, 4):
             with forced(tile._replace(split=split)):
                 what = f"{geometry.shape} split {split}"
                 place.check_conv(what, layer, x, place.grid(c), bias)
                 if split > 1:
-                    place.check_conv(f"residual {what}", layer, x, place.grid(), None, residual)
+                    place.check_conv(f"plain {what}", layer, x, place.grid(), None)
     _normed(dtype, tile, place)
 
 
@@ -227,7 +218,7 @@ def _normed(dtype: torch.dtype, tile: Tile, place: Place) -> None:
         size = (2, *geometry.output_size(5, 7))
         acc, sums = product_sums(q, layer.columns, geometry, size), layer.columns.double().sum(1)
         flat = y.permute(0, 2, 3, 1).reshape(-1, 5)
-        place.judge.product("result, behind a norm", flat, acc, sums, layer.weight.scale, grid, None, bias, None)
+        place.judge.product("result, behind a norm", flat, acc, sums, layer.weight.scale, grid, None, bias)
 
 
 def four_bits(dtype: torch.dtype, tile: Tile, groups: tuple[int, ...] = (16, 32, 64, 128), *, place: Place) -> None:
@@ -277,30 +268,25 @@ def one_tile(tile: Tile, less: int = 1, *, place: Place) -> None:
 
 
 def views(*, place: Place) -> None:
-    """Inputs, biases, residuals and codes in places that no load of 16 bytes can use give what copies of them give."""
+    """Inputs, biases and codes in places that no load of 16 bytes can use give what copies of them give."""
     geometry, dtype = Geometry((24, 48)), torch.float16
     codes_ = place.integers(-127, 128, *geometry.shape).to(torch.int8)
     scale, grid = place.scale(24), place.grid(48)
-    plain, bias, residual = (place.normal(*size, dtype=dtype) for size in ((9, 48), (24,), (9, 24)))
+    plain, bias = (place.normal(*size, dtype=dtype) for size in ((9, 48), (24,)))
     tile = PLAIN if place.device.type == "cuda" or place.judge.silent else TOY
     with forced(tile):
         weight = triton_backend.prepare(codes_, scale, geometry)
-        static = triton_backend.linear_static(plain, weight, grid, bias, residual)
+        static = triton_backend.linear_static(plain, weight, grid, bias)
         dynamic = triton_backend.linear_dynamic(plain, weight, grid.inverse_balance, bias)
         for how, x in odd_from(plain):
-            place.judge.equal(
-                f"static, input {how}", triton_backend.linear_static(x, weight, grid, bias, residual), static
-            )
+            place.judge.equal(f"static, input {how}", triton_backend.linear_static(x, weight, grid, bias), static)
             y = triton_backend.linear_dynamic(x, weight, grid.inverse_balance, bias)
             place.judge.equal(f"per token, input {how}", y, dynamic)
-        for how, moved in odd_from(residual):
-            y = triton_backend.linear_static(plain, weight, grid, bias, moved)
-            place.judge.equal(f"residual {how}", y, static)
         away = dict(odd_from(bias[None]))["one entry off 16 bytes"][0]
-        place.judge.equal("bias off", triton_backend.linear_static(plain, weight, grid, away, residual), static)
+        place.judge.equal("bias off", triton_backend.linear_static(plain, weight, grid, away), static)
         _, codes_off = next(odd_from(codes_))
         off = triton_backend.prepare(codes_off, scale, geometry)
-        place.judge.equal("codes off", triton_backend.linear_static(plain, off, grid, bias, residual), static)
+        place.judge.equal("codes off", triton_backend.linear_static(plain, off, grid, bias), static)
 
 
 def layouts(*, place: Place) -> None:
@@ -423,15 +409,14 @@ def large_rows(*, place: Place) -> None:
 
 
 def large_result(*, place: Place) -> None:
-    """A result of more than 2^31 entries, with a residual of as many."""
+    """A result of more than 2^31 entries."""
     _room(16)
     layer, grid = place.layer(Geometry((WIDTH, 64))), place.grid(64)
     x = place.normal(ROWS, 64, dtype=torch.float16)
-    residual = torch.randn(ROWS, WIDTH, generator=place.generator, device=place.device, dtype=torch.float16)
     some = _ends(ROWS, WIDTH).to(place.device)
     with forced(LARGE):
-        y = triton_backend.linear_static(x, layer.weight, grid, None, residual)[some]
-        place.judge.equal("result", y, place.check_linear("few", layer, x[some], grid, None, residual[some]))
+        y = triton_backend.linear_static(x, layer.weight, grid, None)[some]
+        place.judge.equal("result", y, place.check_linear("few", layer, x[some], grid, None))
 
 
 def large_image(*, place: Place) -> None:
