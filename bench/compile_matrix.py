@@ -113,8 +113,8 @@ def _cell(version: str, capability: int, rows: list[dict[str, Any]], skipped: st
         "capability": capability,
         "kernels": len(rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "most_registers": max((row["registers"] for row in rows), default=0),
-        "spilled": sum(row["spilled"] > 0 for row in rows),
+        "most_registers": max((row.get("registers") or 0 for row in rows), default=0),
+        "spilled": sum((row.get("spilled") or 0) > 0 for row in rows),
         "failed": [f"{row['case']}, {row['name']}: {row['failed']}" for row in rows if row["failed"]],
         **({"skipped": skipped} if skipped else {}),
     }

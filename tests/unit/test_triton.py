@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bench import compile_kernels
-from bench.compile_kernels import Case
+from bench.compile_kernels import Case, Kernel
+from bench.gpu.launches import forced, kept
 from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.geometry import Geometry
@@ -95,19 +96,15 @@ def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(triton_launch.cdiv(n, k) == triton.cdiv(n, k) for k in (1, 3, 16, 128))
     for name in ("cdiv", "next_power_of_2"):
         monkeypatch.setattr(triton, name, None)
-    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
-    recorded = {name: Recorded() for name in kernels}
-    for name, one in recorded.items():
-        monkeypatch.setattr(triton_launch, name, one)
     grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), None)
     weight = triton_backend.prepare(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), Geometry((8, 32)))
     x = torch.zeros(5, 32)
-    triton_backend.linear_static(x, weight, grid, None)
-    triton_backend.linear_dynamic(x, weight, None, None)
-    monkeypatch.setattr(triton_launch.tuner, "choose", lambda *_: Tile(64, 64, 64, 2, 4, 2))
-    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16)
-    triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
-    assert all(hasattr(one, "call") for one in recorded.values())
+    with kept(found := {}):
+        with forced(Tile(64, 64, 64, 2, 4, 2)):
+            triton_backend.linear_static(x, weight, grid, None)
+        triton_backend.linear_dynamic(x, weight, None, None)
+        triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
+    assert {launch.kernel.__name__ for launch in found.values()} == names_of_kernels()
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
@@ -140,8 +137,8 @@ def names_of_kernels() -> set[str]:
 def test_every_kernel_compiles(cache: None, capability: int) -> None:
     """There is machine code, it fits the GPU, and keeps its sums in registers."""
     found = list(compile_kernels.kernels(capability))
-    assert [kernel._replace(ptx="") for kernel in found if kernel.failed] == []
-    assert all(kernel.registers > 0 for kernel in found)
+    assert [(kernel.case, kernel.name, kernel.failed) for kernel in found if kernel.failed] == []
+    assert all(kernel.built.registers > 0 for kernel in found)
     if capability in compile_kernels.AROUND:
         assert {kernel.name for kernel in found} == {"quantize_kernel", "quantize_rows_kernel", "finish_kernel"}
         return
@@ -149,10 +146,10 @@ def test_every_kernel_compiles(cache: None, capability: int) -> None:
     products = [kernel for kernel in found if kernel.name == "product_kernel"]
     instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
     for kernel in products:
-        lines = [line for line in kernel.ptx.splitlines() if instruction in line]
+        lines = [line for line in kernel.built.ptx.splitlines() if instruction in line]
         assert lines and all(".s32.s8.s8" in line for line in lines), f"{kernel.case}: no int8 tensor core instruction"
         # A short product of odd sizes has one step, and nothing to fetch ahead.
-        assert "cp.async" in kernel.ptx or "odd" in kernel.case, f"{kernel.case}: loads are not pipelined"
+        assert "cp.async" in kernel.built.ptx or "odd" in kernel.case, f"{kernel.case}: loads are not pipelined"
 
 
 @needs_triton
@@ -183,132 +180,47 @@ def test_the_shipped_tiles_fit(capability: int) -> None:
     assert compile_kernels.largest(capability) in {case.tile for case in compile_kernels.cases(capability)}
 
 
-POINTERS = {
-    "x": "*fp16", "q": "*i8", "codes": "*i8", "factor": "*u8", "zero": "*u8", "inverse": "*fp32", "act_scale": "*fp32",
-    "act_zero": "*i32", "row_scale": "*fp32", "row_offset": "*fp32", "scale": "*fp32", "sums": "*i32", "bias": "*fp16",
-    "out": "*fp16", "partial": "*i32", "gain": "*fp32", "shift": "*fp32", "mean": "*fp32",
-    "spread": "*fp32", "weight": "*fp16", "eps": "fp32",
-}  # fmt: skip
-ALIGNED = {"n", "c", "k", "q_k", "q_c", "stride_m", "stride_w"}  # numbers that divide by 16 in real models
-
-
-def build(kernel, capability: int, options: dict[str, int], **constants):
-    """Compile for a GPU that is not here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    types = {**POINTERS, **({"codes": "*u8"} if constants.get("GROUP") else {})}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED
-    }
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False):
-    from tfmq.kernels.triton.product import product_kernel
-
-    size = 3 if conv else 1
-    absent = ["act_scale", "act_zero"] if dynamic else ["row_scale", "row_offset"]
-    absent += [] if group else ["factor", "zero"]
-    absent += [] if tile.split > 1 else ["partial"]
-    return build(
-        product_kernel, capability, {"num_warps": tile.warps, "num_stages": tile.stages}, KH=size, KW=size,
-        DENSE=not conv, GROUP=group, DYNAMIC=dynamic, HAS_BIAS=True, EVEN_K=True,
-        SPLIT=tile.split, BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=8, **dict.fromkeys(absent),
-    )  # fmt: skip
-
-
-def wide(built: object, what: str) -> tuple[int, int]:
+def wide(kernel: Kernel, what: str) -> tuple[int, int]:
     """Reads (ld) or writes (st) of global memory in the code: all of them, and those of 16 bytes each."""
-    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
+    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", kernel.built.ptx)
     return len(found), sum(int(count or 1) * int(bits) == 128 for count, bits in found)
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
-    tile = Tile(128, 128, 64, 8, 8, 3)
+    tile = Tile(128, 128, 64, 1, 8, 3)
     each = 128 * 128 // (32 * tile.warps)  # results of a thread
-    for how in {"conv": True}, {"conv": False, "dynamic": True}:
-        written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
-        assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
-    assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
-    from tfmq.kernels.triton.product import finish_kernel
-
-    flags = {"DYNAMIC": False, "HAS_BIAS": True, "SPLIT": 2, "BM": 32, "BN": 64}
-    absent = dict.fromkeys(["row_scale", "row_offset"])
-    built = build(finish_kernel, capability, {"num_warps": 4}, **flags, **absent)
-    each = 32 * 64 // (32 * 4)
-    assert wide(built, "st") == (each // 8,) * 2
-    assert wide(built, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
-
-
-class Recorded:
-    """Stands for a kernel; `call`: the arguments of the last launch."""
-
-    call: tuple[tuple, dict]
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*args: object, **options: object) -> None:
-            self.call = args, options
-
-        return launch
-
-
-def as_launched(kernel, capability: int, call: tuple[tuple, dict]):
-    """Compile for the arguments of a launch, as Triton would on a GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
-    args, options = call
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
-        general = parameter.do_not_specialize
-        if value is None or (isinstance(value, int) and value == 1 and not general):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = types[value.dtype]
-        else:
-            signature[parameter.name] = "i32"
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if number is not None and (i,) not in constants and number % 16 == 0 and not general:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    for i, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", options.pop(parameter.name)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    known = {case.name: case for case in compile_kernels.cases(capability)}
+    cases = [known[name]._replace(tile=tile) for name in ("conv 3 x 3", "linear per token", "linear static, plain")]
+    split = known["conv 3 x 3"]._replace(name="split", tile=tile._replace(split=2))
+    made = {(k.case, k.name): k for k in compile_kernels.kernels(capability, [*cases, split])}
+    for case in cases:
+        assert wide(made[case.name, "product_kernel"], "st") == (each // 8,) * 2  # of 8 float16
+    assert wide(made["split", "product_kernel"], "st") == (each // 4,) * 2  # of 4 int32
+    finish, each = made["split", "finish_kernel"], 32 * 64 // (32 * 4)
+    assert wide(finish, "st") == (each // 8,) * 2
+    assert wide(finish, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
 
 
 @needs_triton
 @pytest.mark.parametrize("balanced", [True, False])
-def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
-    cache: None, monkeypatch: pytest.MonkeyPatch, balanced: bool
-) -> None:
+def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(cache: None, balanced: bool) -> None:
     """By the strides that the launch really has: of a Linear, and of an image in channels_last order."""
     from tfmq.geometry import StaticInput
     from tfmq.kernels.triton import launch as triton_launch
-    from tfmq.kernels.triton import quantize as triton_quantize
 
-    recorded, kernel = Recorded(), triton_quantize.quantize_kernel
-    monkeypatch.setattr(triton_launch, "quantize_kernel", recorded)
-    inverse = torch.ones(320) if balanced else None
-    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), inverse)
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.ones(320) if balanced else None)
+    rows = torch.empty(100, 320, dtype=torch.float16)
     image = torch.empty(2, 320, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
-    for run in (
-        lambda: triton_launch.quantize_matrix(torch.empty(100, 320, dtype=torch.float16), grid, 320),
-        lambda: triton_launch.quantize_image(image, grid, 320, (1, 1)),
-    ):
-        run()
-        built = as_launched(kernel, 89, recorded.call)
-        assert wide(built, "ld")[1] >= 128 * 32 // (32 * 8) // 8
-        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", built.asm["ptx"]), "one float16 at a time"
+    cases = [
+        Case("rows", lambda: triton_launch.quantize_matrix(rows, grid, 320)),
+        Case("image", lambda: triton_launch.quantize_image(image, grid, 320, (1, 1))),
+    ]
+    for case in cases:
+        (kernel,) = compile_kernels.kernels(89, [case])
+        assert wide(kernel, "ld")[1] >= 128 * 32 // (32 * 8) // 8
+        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", kernel.built.ptx), "one float16 at a time"
 
 
 @needs_triton

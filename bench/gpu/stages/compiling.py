@@ -48,13 +48,20 @@ def cases(job: Job) -> list[Case]:
     if job.device == "cuda":
         found = everything(Apart(_machine).result())
         return [
-            Case(name, partial(one.compile, None), LIMIT) for name, one in found.items()
+            Case(name, partial(compiled, one, None), LIMIT) for name, one in found.items()
         ]  # for the GPU that is here
     some = handful()
     return [
-        Case(f"sm_{capability} {name}", partial(one.compile, capability), LIMIT)
+        Case(f"sm_{capability} {name}", partial(compiled, one, capability), LIMIT)
         for capability in ABROAD for name, one in some.items()
     ]  # fmt: skip
+
+
+def compiled(one: Launch, capability: int | None) -> dict[str, Any]:
+    """A case's result. capability: as in `Launch.compile`."""
+    built = one.compile(capability)
+    found = {"compile_s": round(built.seconds, 3), "shared": built.shared, "instruction": built.instruction}
+    return {**found, "registers": built.registers, "spills": built.spilled, "unread": built.unread}
 
 
 class Apart:
