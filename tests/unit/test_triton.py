@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compile_kernels
-from bench.compile_kernels import Case, Kernel
+from bench.gpu import compile_kernels
+from bench.gpu.compile_kernels import Case, Kernel
+from bench.gpu.interpreted import mend
 from bench.gpu.launches import forced, kept
-from bench.interpreter import mend
 from devkit.paths import ROOT
 from tfmq.geometry import Geometry
 from tfmq.kernels.triton import backend as triton_backend
@@ -240,7 +240,7 @@ def test_the_matrix_of_versions_runs_to_its_end(tmp_path: Path) -> None:
 
     out, here = tmp_path / "matrix.json", triton.__version__
     program = (
-        "import os, sys; from bench import compile_matrix as m\n"
+        "import os, sys; from bench.gpu import compile_matrix as m\n"
         "from pathlib import Path\n"
         f"m.FOLDER = Path({str(tmp_path)!r})\n"
         "m.install = lambda version, _: 'cannot be installed' if version == '3.0.0' else None\n"

@@ -92,7 +92,7 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
     return None
 
 
-# Measured dynamic costs: bench/dynamic_cost.py.
+# Measured dynamic costs: bench/speed/dynamic_cost.py.
 BACKENDS = (
     # On shapes of SD1.5 in bfloat16 a per-token layer took 1.2 to 1.7 times as long (2, since beside the error of
     # integer convolutions that of a Linear does not show: docs/quantization.md), one of 320 input channels 2.1 to 2.5,

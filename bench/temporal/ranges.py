@@ -7,8 +7,6 @@ throughout; the 6-bit codes of the activations are real ones (0 .. 63), multipli
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.temporal_error import adherence_of
+from bench.temporal.error import adherence_of
 from demo import checkpoint as demo_checkpoint
 from devkit import inprocess
 
@@ -39,14 +37,14 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
     """
     inprocess.use_host()
     pack = inprocess.load_pack()
+    from bench.quality.run import finite
+    from bench.quality.sampling import DEMO, PROMPTS, Setting, calibrate, encode, load, read_prompts, sample, say
     from tfmq.report import metrics
-
-    from .quality import DEMO, Setting, calibrate, encode, finite, load, read_prompts, sample, say
 
     # The classes of the pack as the host knows it: a second import of `tfmq` would have classes of its own.
     tdq, swap, scheme = (_module(pack, name) for name in ("decide.tdq", "host.quantize", "scheme"))
     model, clip, vae = load(checkpoint or demo_checkpoint.ensure())
-    texts = read_prompts(prompts or Path(__file__).resolve().parent.parent / "demo" / "prompts.txt")
+    texts = read_prompts(prompts or PROMPTS)
     wanted = texts[:pictures]
     rest = texts[pictures:] or wanted
     encoded = {text: encode(clip, text) for text in [*wanted, *rest[-CALIBRATION - HELD_OUT :]]}
@@ -107,7 +105,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
     """Statistics of other prompts, on the balance vectors and histogram bins of the calibration."""
     from comfy.patcher_extension import WrappersMP
 
-    from .quality import CALIBRATION_SEED, empty_latent
+    from bench.quality.sampling import CALIBRATION_SEED, empty_latent
 
     calibrating, host_model, observe, timeline, clocks = (
         _module(pack, name) for name in ("host.calibrate", "host.model", "observe.model", "timeline", "host.call")
@@ -159,7 +157,3 @@ def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) 
         ]
         found[rule] = fmean(errors)
     return found
-
-
-if __name__ == "__main__":
-    json.dump(ranges(), sys.stdout, indent=1)

@@ -143,7 +143,6 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
-        self.order = torch.channels_last  # of the images that it makes
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         b, c, height, width = x.shape
