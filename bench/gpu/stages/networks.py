@@ -53,17 +53,17 @@ class Networks:
         """Named "fp16", "ours" or these with " NCHW": in the host's layout, which makes NCHW behind transformers."""
         if name in self.made:
             return self.made[name]
-        if name.endswith("NCHW"):
+        nchw = name.endswith("NCHW")
+        if nchw:
             self.made.clear()  # its memory; these are the last
             gc.collect()
-        network = float_network(self.config, self.device, torch.float16)
+        config = unet.config_of(self.model + unet.NCHW) if nchw else self.config
+        network = float_network(config, self.device, torch.float16)
         if name.startswith("ours"):
             quick.quantize(network, self.inputs)
-        if name.endswith("NCHW"):
+        if nchw:
             for module in network.modules():
-                if isinstance(module, unet.SpatialTransformer):
-                    module.order = torch.contiguous_format
-                elif isinstance(module, nn.Conv2d):
+                if isinstance(module, nn.Conv2d):
                     module.weight.data = module.weight.data.contiguous()
         self.made[name] = network
         return network
