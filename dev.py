@@ -97,9 +97,10 @@ def _cpuinfo() -> str:
 
 
 def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: list[str], started_in: Path) -> int:
-    """Run `bench/NAME.py` with the demo checkpoint and the demo prompts where none are given."""
+    """Run `bench.NAME` with the demo checkpoint and the demo prompts where none are given."""
     # The others are what benchmarks share.
-    known = sorted(path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+    rooms = {path.parent.name for path in BENCH.glob("*/__main__.py")}
+    known = sorted(rooms | {p.stem for p in BENCH.glob("*.py") if "__main__" in p.read_text(encoding="utf-8")})
     if arguments.name not in known:
         print(
             f"dev.py: there is no benchmark {arguments.name!r}; there is: {', '.join(known) or 'none yet'}.",

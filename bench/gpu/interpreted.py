@@ -1,4 +1,8 @@
-"""Triton's kernels on CPU tensors, in Triton's interpreter, as a GPU would compute."""
+"""Triton's kernels on CPU tensors, in Triton's interpreter, as a GPU would compute.
+
+Before Triton 3.7 the interpreter fails with numpy from 2.4 on, which no longer turns an array of one entry into a
+Python number ("only 0-dimensional arrays can be converted"): it holds every scalar as such an array.
+"""
 
 import os
 from typing import Any
@@ -14,7 +18,6 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from bench.interpreter import mend
     from tfmq.kernels import table
     from tfmq.kernels.triton import backend as triton_backend
     from tfmq.kernels.triton import int_mm as triton_int_mm
@@ -35,3 +38,27 @@ def install() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounded
+
+
+def mend() -> None:
+    """Let a scalar of the interpreter be a Python number, with any numpy. To be called before the first launch."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if getattr(patch, "mended", False):
+        return
+
+    def patch_with_index(tensor: Any, *scope: Any) -> None:
+        """scope: what takes the patches back after a launch, in the versions that do so."""
+        patch(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", _index)
+        else:
+            tensor.__index__ = _index
+
+    patch_with_index.mended = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patch_with_index
+
+
+def _index(scalar: Any) -> int:
+    return int(scalar.handle.data.item())

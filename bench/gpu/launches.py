@@ -1,24 +1,37 @@
-"""What our launch code launches: kept instead, compiled, or run with a tile of one's choice. Needs Triton."""
+"""What our launch code launches: kept instead, compiled for a GPU that need not be here, or run with a tile of one's
+choice. Needs Triton, though not to be imported."""
 
 from __future__ import annotations
 
-import sys
+import re
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from bench.gpu.cross import compile_for, instruction, usage
-from tfmq.kernels.triton import launch as triton_launch
 from tfmq.kernels.triton.tune import Tile
 
-TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+
+class Built(NamedTuple):
+    """What became of a launch. seconds: of compiling; shared: bytes of a block's memory; instruction: which tensor core
+    instruction multiplies int8, or None. registers: of a thread; spilled: bytes of its stack and its local memory; None
+    where they cannot be read, for the reason in `unread`."""
+
+    seconds: float
+    shared: int
+    instruction: str | None
+    ptx: str
+    registers: int | None = None
+    spilled: int | None = None
+    unread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,126 +49,134 @@ class Launch:
         more = [f"{n[4:]}={v}" for n, v in self.options.items() if n in ("num_warps", "num_stages")]
         given = []
         for parameter, argument in zip(self.kernel.params, self.args, strict=False):
-            kind, fixed, aligned = _argument(parameter, argument)
-            if parameter.name in ("x", "out", "bias") or fixed is not None:
-                given.append(f"{parameter.name}={fixed if kind == 'constexpr' else kind}")
-            if not aligned and kind != "constexpr" and _may_be_aligned(parameter):
-                given.append(f"{parameter.name} odd")
-            elif argument is None and parameter.name in ("inverse", "gain", "partial", "factor"):
-                given.append(f"no {parameter.name}")
+            name, general = parameter.name, parameter.do_not_specialize
+            kind = str(argument.dtype).removeprefix("torch.") if isinstance(argument, torch.Tensor) else argument
+            if name in ("x", "out", "bias") or (isinstance(argument, int) and argument == 1 and not general):
+                given.append(f"{name}={kind}")
+            elif argument is None and name in ("inverse", "gain", "partial", "factor"):
+                given.append(f"no {name}")
+            elif not general and not _aligned(argument):
+                given.append(f"{name} odd")
         return f"{self.kernel.__name__.removesuffix('_kernel')} {' '.join([*short, *more, *given])}"
 
-    def compile(self, capability: int | None) -> dict[str, Any]:
-        """For the GPU of this process (None), so that its launches find it done, or for another."""
-        started = time.perf_counter()
-        if capability is None:
-            built = self.kernel.warmup(*self.args, grid=(1, 1, 1), **self.options)
-        else:
-            built = self._cross(capability)
-        found: dict[str, Any] = {"compile_s": round(time.perf_counter() - started, 3)}
-        found |= {"shared": getattr(built.metadata, "shared", None), "instruction": instruction(built)}
-        if capability is None:
-            prepare = getattr(built, "_init_handles", None)
-            if prepare is not None:
-                prepare()  # loads it; raises where it does not fit the GPU
-            registers, spills = getattr(built, "n_regs", None), getattr(built, "n_spills", None)
-        else:
-            try:
-                registers, spills, _ = usage(built)
-            except Exception as error:  # its tool is not there, or says something else in this version
-                return {**found, "registers": None, "usage_error": str(error)[:200]}
-        return {**found, "registers": registers, "spills": spills}
-
-    def _cross(self, capability: int) -> Any:
-        kernel = self.kernel
-        signature, constants, aligned = {}, {}, []
-        options = {n: v for n, v in self.options.items() if n not in kernel.arg_names}
-        for parameter, argument in zip(kernel.params, self.args, strict=False):
-            kind, fixed, divides = _argument(parameter, argument)
-            signature[parameter.name] = kind
-            if kind == "constexpr":
-                constants[parameter.name] = fixed
-            elif divides:
-                aligned.append(parameter.name)
-        for name, value in self.options.items():
-            if name in kernel.arg_names:
-                signature[name], constants[name] = "constexpr", value
-        ordered = {name: signature[name] for name in kernel.arg_names}
-        return compile_for(kernel, capability, ordered, constants, aligned, options)
+    def compile(self, capability: int | None) -> Built:
+        """For the GPU of this process (None), so that its launches find it done, or for another. Raises what the
+        compiler raises, and for this GPU what loading the machine code raises."""
+        with nullcontext() if capability is None else abroad(capability):
+            started = time.perf_counter()
+            built = self.kernel.run(*self.args, grid=(1, 1, 1), warmup=True, **self.options)
+            seconds = time.perf_counter() - started
+        if capability is None and hasattr(built, "_init_handles"):
+            built._init_handles()
+        ptx = str(built.asm.get("ptx", ""))
+        lines = [line for line in ptx.splitlines() if ".s32.s8.s8" in line]
+        kinds = (name for name in ("wgmma", "tcgen05", "mma.sync") if any(name in line for line in lines))
+        found = Built(seconds, int(built.metadata.shared), next(kinds, None), ptx)
+        try:
+            registers, stack, local = _usage(built.asm["cubin"])
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            return found._replace(unread=str(error)[:200])
+        return found._replace(registers=registers, spilled=stack + local)
 
 
-def _may_be_aligned(parameter: Any) -> bool:
-    return not parameter.do_not_specialize and not getattr(parameter, "do_not_specialize_on_alignment", False)
-
-
-def _argument(parameter: Any, argument: Any) -> tuple[str, Any, bool]:
-    """Type of an argument as Triton's launcher finds it; its value if that is compiled in; whether it divides by 16."""
-    if argument is None:
-        return "constexpr", None, False
+def _aligned(argument: Any) -> bool:
+    """Whether the compiler is told that it divides by 16, or nothing."""
     if isinstance(argument, torch.Tensor):
-        return TYPES[argument.dtype], None, argument.data_ptr() % 16 == 0
-    if isinstance(argument, float):
-        return "fp32", None, False
-    may = _may_be_aligned(parameter)
-    if argument == 1 and not parameter.do_not_specialize:
-        return "constexpr", 1, False
-    return "i32" if -(2**31) <= argument < 2**31 else "i64", None, may and argument % 16 == 0
+        return argument.data_ptr() % 16 == 0
+    return not isinstance(argument, int) or argument % 16 == 0
 
 
-class _Kept:
-    """Stands in a kernel's place."""
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers of a thread, bytes of its stack, bytes of local memory. By Triton's own cuobjdump, else a toolkit's."""
+    import triton
 
-    def __init__(self, kernel: Any, keep: Callable[[Launch], None]) -> None:
-        self.kernel, self.keep = kernel, keep
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(own) if own.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        raise OSError("there is no cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise ValueError("no resources in " + done.stdout[-200:])
+    registers, stack, local = map(int, found.groups())
+    return registers, stack, local
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **options: self.keep(Launch(self.kernel, args, options))
+
+@contextmanager
+def abroad(capability: int) -> Iterator[None]:
+    """Within, Triton compiles for a GPU of this compute capability; 90 is 9.0."""
+    from triton.runtime import driver
+
+    before = driver._active if hasattr(driver, "_active") else driver.active
+    driver.set_active(_Driver(capability))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+class _Driver:
+    """Stands for a GPU; kernels of other capabilities are kept apart by the number of the device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 1000 + self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
 
 
 @contextmanager
 def kept(found: dict[str, Launch]) -> Iterator[None]:
     """Within, launches go to `found` by their name, and nothing runs."""
+    from triton.runtime.jit import JITFunction
 
-    def keep(launch: Launch) -> None:
+    def keep(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = Launch(self, args, options)
         found.setdefault(launch.name, launch)
 
-    replaced = []
-    for module in [m for name, m in list(sys.modules.items()) if name.startswith("tfmq.kernels.triton_")]:
-        for name, value in list(vars(module).items()):
-            # What kernels call keeps its place: only what is launched is called so.
-            if name.endswith("_kernel") and hasattr(value, "arg_names"):
-                replaced.append((module, name, value))
-                setattr(module, name, _Kept(value, keep))
-    try:
+    with mock.patch.object(JITFunction, "run", keep):
         yield
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
 
 
 @contextmanager
-def forced(tile: Tile) -> Iterator[None]:
-    """Within, every product runs with this tile."""
+def choosing(choose: Callable[..., Tile]) -> Iterator[None]:
+    """Within, products run with the tile that this gives, called as `Tuner.choose` is."""
+    from tfmq.kernels.triton import launch as triton_launch
+
     tuner: Any = triton_launch.tuner
-    tuner.choose = lambda *_, **__: tile
+    tuner.choose = choose
     try:
         yield
     finally:
         del tuner.choose
+
+
+def forced(tile: Tile) -> Any:
+    """Within, every product runs with this tile."""
+    return choosing(lambda *_: tile)
 
 
 @contextmanager
 def watched() -> Iterator[list[Tile]]:
     """The tiles that products within are given."""
-    tuner: Any = triton_launch.tuner
-    choose, seen = tuner.choose, []
+    from tfmq.kernels.triton import launch as triton_launch
 
-    def watching(*args: Any, **named: Any) -> Tile:
-        seen.append(choose(*args, **named))
+    choose, seen = triton_launch.tuner.choose, []
+
+    def watching(*args: Any) -> Tile:
+        seen.append(choose(*args))
         return seen[-1]
 
-    tuner.choose = watching
-    try:
+    with choosing(watching):
         yield seen
-    finally:
-        del tuner.choose

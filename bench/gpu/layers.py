@@ -78,7 +78,7 @@ class Place:
 
     def check_linear(
         self, what: str, layer: Layer, x: Tensor, grid: StaticInput, bias: Tensor | None,
-        residual: Tensor | None = None, dynamic: bool = False, bits: int = 8,
+        dynamic: bool = False, bits: int = 8,
     ) -> Tensor:  # fmt: skip
         """A Linear and both its halves against float64; returns its result."""
         flat = x.reshape(-1, x.shape[-1])
@@ -86,38 +86,32 @@ class Place:
         if dynamic:
             rows = launch.quantize_rows(flat, grid.inverse_balance, bits, layer.weight.channels)
             self.judge.rows(f"codes, {what}", rows, value, bits)
-            y = triton_backend.linear_dynamic(x, layer.weight, grid.inverse_balance, bias, bits, residual)
+            y = triton_backend.linear_dynamic(x, layer.weight, grid.inverse_balance, bias, bits)
             q, used = rows.codes, None
         else:
             rows, used = None, grid
             q = launch.quantize_matrix(flat, grid, layer.weight.channels)
             self.judge.static_codes(f"codes, {what}", q, flat.double(), grid)
-            y = triton_backend.linear_static(x, layer.weight, grid, bias, residual)
+            y = triton_backend.linear_static(x, layer.weight, grid, bias)
         n = y.shape[-1]
         if not self.judge.silent:
             acc, sums = product_sums(q, layer.columns, layer.geometry), layer.columns.double().sum(1)
-            more = None if residual is None else residual.reshape(-1, n)
-            self.judge.product(
-                f"result, {what}", y.reshape(-1, n), acc, sums, layer.weight.scale, used, rows, bias, more
-            )
+            self.judge.product(f"result, {what}", y.reshape(-1, n), acc, sums, layer.weight.scale, used, rows, bias)
         return y
 
-    def check_conv(
-        self, what: str, layer: Layer, x: Tensor, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
-    ) -> Tensor:
+    def check_conv(self, what: str, layer: Layer, x: Tensor, grid: StaticInput, bias: Tensor | None) -> Tensor:
         """A convolution and both its halves against float64; returns its result."""
         g = layer.geometry
         q = launch.quantize_image(x, grid, layer.weight.channels, g.padding)
         inner = q[:, g.padding[0] : q.shape[1] - g.padding[0], g.padding[1] : q.shape[2] - g.padding[1]]
         self.judge.static_codes(f"codes, {what}", inner, x.permute(0, 2, 3, 1).double(), grid)
-        y = triton_backend.conv2d_static(x, layer.weight, grid, bias, residual)
+        y = triton_backend.conv2d_static(x, layer.weight, grid, bias)
         if not self.judge.silent:
             size = x.shape[0], *g.output_size(x.shape[2], x.shape[3])
             n = g.shape[0]
             acc, sums = product_sums(q, layer.columns, g, size), layer.columns.double().sum(1)
-            more = None if residual is None else residual.permute(0, 2, 3, 1).reshape(-1, n)
             flat = y.permute(0, 2, 3, 1).reshape(-1, n)
-            self.judge.product(f"result, {what}", flat, acc, sums, layer.weight.scale, grid, None, bias, more)
+            self.judge.product(f"result, {what}", flat, acc, sums, layer.weight.scale, grid, None, bias)
         return y
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import quality
+from bench.quality import sampling
 from demo import checkpoint
 from devkit import inprocess
 
@@ -28,12 +28,12 @@ def make(device: str, given: str | None) -> dict[str, Any]:
     inprocess.use_host(device)
     pack = inprocess.load_pack()
     file = Path(given) if given else checkpoint.ensure()
-    tested, others = quality.split(quality.read_prompts(quality.ROOT / "demo" / "prompts.txt"), PICTURES)
-    model, clip, vae = quality.load(file, dtype=torch.float16)  # on a CPU computed in float32
-    demo: dict[str, Any] = quality.DEMO
-    encoded = [quality.encode(clip, text) for text in tested]
-    setting = quality.Setting(
-        tested, encoded, quality.encode(clip, ""), int(demo["steps"]), float(demo["cfg"]), int(demo["size"]), vae
+    tested, others = sampling.split(sampling.read_prompts(sampling.PROMPTS), PICTURES)
+    model, clip, vae = sampling.load(file, dtype=torch.float16)  # on a CPU computed in float32
+    demo: dict[str, Any] = sampling.DEMO
+    encoded = [sampling.encode(clip, text) for text in tested]
+    setting = sampling.Setting(
+        tested, encoded, sampling.encode(clip, ""), int(demo["steps"]), float(demo["cfg"]), int(demo["size"]), vae
     )
     seconds: dict[str, float] = {}
 
@@ -43,15 +43,15 @@ def make(device: str, given: str | None) -> dict[str, Any]:
         seconds[name] = round(time.perf_counter() - started, 3)
         return out
 
-    pictures = {"float": timed("float", lambda: quality.sample(model, setting))}
-    conditionings = [quality.encode(clip, text) for text in others[:CALIBRATION]]
-    calibration = timed("calibrate", lambda: quality.calibrate(pack, model, setting, conditionings))
+    pictures = {"float": timed("float", lambda: sampling.sample(model, setting))}
+    conditionings = [sampling.encode(clip, text) for text in others[:CALIBRATION]]
+    calibration = timed("calibrate", lambda: sampling.calibrate(pack, model, setting, conditionings))
     swap = sys.modules[f"{pack.__name__}.tfmq.host.quantize"]
     recipe = sys.modules[f"{pack.__name__}.tfmq.scheme"].PRESETS["W8A8"]
     quantized = timed("quantize", lambda: swap.quantize(model, calibration, recipe, lambda *_: None))
-    pictures["ours"] = timed("ours", lambda: quality.sample(quantized, setting))
-    timed("ours again", lambda: quality.sample(quantized, setting))
-    timed("float again", lambda: quality.sample(model, setting))
+    pictures["ours"] = timed("ours", lambda: sampling.sample(quantized, setting))
+    timed("ours again", lambda: sampling.sample(quantized, setting))
+    timed("float again", lambda: sampling.sample(model, setting))
     return {**pictures, "about": {"seconds": seconds}}
 
 

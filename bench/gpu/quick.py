@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.speed_networks import chain_norms, kept_in_float, put
+from bench.speed.networks import chain_norms, kept_in_float, put
 from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
 from tfmq.geometry import Geometry, geometry_of
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear

@@ -96,7 +96,7 @@ def test_the_hosts_own_layers_compute_in_its_formats():
     inprocess.use_host()
     import comfy.ops
 
-    from bench.host_formats import int8_linear, rotation_of
+    from bench.quality.host_formats import int8_linear, rotation_of
 
     assert [rotation_of(n) for n in (1280, 768, 320, 48, 20)] == [256, 256, 64, 16, None]
     torch.manual_seed(0)
@@ -118,21 +118,21 @@ def test_the_hosts_own_layers_compute_in_its_formats():
 
 
 def test_a_run_in_pieces_adds_to_its_own_file_only(tmp_path):
-    from bench import quality
+    from bench.quality import run
 
     about = {"prompts": 2, "torch": "2", "machine": "here"}
     given = argparse.Namespace(json=tmp_path / "q.json", only=["host_int8"], parts=None)
-    assert quality.merged(given, about) == about
+    assert run.merged(given, about) == about
     given.json.write_text(json.dumps(about | {"ours_w8a8": {"psnr_db": 30.0}}))
-    assert quality.merged(given, about | {"machine": "another"})["ours_w8a8"] == {"psnr_db": 30.0}
+    assert run.merged(given, about | {"machine": "another"})["ours_w8a8"] == {"psnr_db": 30.0}
     with pytest.raises(ValueError, match="another prompts"):
-        quality.merged(given, about | {"prompts": 3})
+        run.merged(given, about | {"prompts": 3})
     given.only = None
-    assert quality.merged(given, about) == about
+    assert run.merged(given, about) == about
 
 
 def test_which_entries_a_mixed_plan_dominates():
-    from bench.quality_makers import MIXED, dominated
+    from bench.quality.makers import MIXED, dominated
 
     asked = []
 
@@ -161,7 +161,7 @@ def test_which_entries_a_mixed_plan_dominates():
 
 def test_the_hosts_4_bit_layer_and_what_it_cannot_take():
     inprocess.use_host()
-    from bench.host_formats import _w4a4_linear
+    from bench.quality.host_formats import _w4a4_linear
 
     torch.manual_seed(0)
     linear = torch.nn.Linear(320, 32)
@@ -179,7 +179,7 @@ def test_nf4_is_that_of_bitsandbytes():
     from bitsandbytes.nn import Linear4bit
 
     inprocess.use_host()
-    from bench.host_formats import Nf4Linear
+    from bench.quality.host_formats import Nf4Linear
 
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(128, 48), torch.randn(2, 5, 128)
@@ -196,7 +196,7 @@ def test_nf4_is_that_of_bitsandbytes():
 
 
 def test_resident_bytes_counts_what_is_held_and_nothing_twice():
-    from bench.host_formats import resident_bytes, stored_bytes
+    from bench.quality.host_formats import resident_bytes, stored_bytes
     from support import patchers
 
     base = patchers.load()
@@ -215,14 +215,14 @@ def test_resident_bytes_counts_what_is_held_and_nothing_twice():
 
 def test_seconds_in_a_real_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures, calibration and quantization of a network that is small enough to wait for."""
-    from bench import speed_host, unet
+    from bench.speed import host, unet
 
     small = unet.Config(8, (1,), (1,), 1, 768, None, False, 0, blocks=1)
     monkeypatch.setitem(unet.CONFIGS, "sd15", small)
-    monkeypatch.setattr(speed_host, "PROMPTS", 2)
-    monkeypatch.setattr(speed_host, "STEPS", 2)
+    monkeypatch.setattr(host, "PROMPTS", 2)
+    monkeypatch.setattr(host, "STEPS", 2)
     with torch.inference_mode():
-        found = speed_host.end_to_end("sd15", torch.device("cpu"))
+        found = host.end_to_end("sd15", torch.device("cpu"))
     assert (found["prompts"], found["steps"]) == (2, 2)
     from support import patchers
 

@@ -1,9 +1,9 @@
-"""The UNets that bench/speed.py builds without a host have the host's own keys and shapes."""
+"""The UNets that bench/speed/ builds without a host have the host's own keys and shapes."""
 
 import pytest
 import torch
 
-from bench import unet
+from bench.speed import unet
 from devkit import inprocess
 
 inprocess.load_pack()

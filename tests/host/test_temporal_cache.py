@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load as read_safetensors
 
-from bench import temporal_cache as tiny
+from bench.temporal import cache as tiny
 from devkit.client import Client
 from devkit.inprocess import PACK_MODULE, load_pack
 from support import tiny as checkpoints
@@ -23,7 +23,7 @@ import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
-from bench.host_formats import int8_model  # noqa: E402
+from bench.quality.host_formats import int8_model  # noqa: E402
 
 host = import_module(f"{PACK_MODULE}.tfmq.host.temporal.cache")
 twin = import_module(f"{PACK_MODULE}.tfmq.host.temporal.twin")

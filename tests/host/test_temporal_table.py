@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import temporal_cache as small
+from bench.temporal import cache as small
 from support import loras, patchers
 
 import comfy.hooks  # isort: skip

@@ -152,10 +152,13 @@ def test_an_unknown_benchmark_lists_what_there_is(
 ):
     (tmp_path / "quality.py").write_text(BENCHMARK)
     (tmp_path / "shared.py").touch()
+    for room, file in (("speed", "__main__.py"), ("parts", "shared.py")):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / file).touch()
     monkeypatch.setattr(dev, "BENCH", tmp_path)
     code, commands = _call(dev, monkeypatch, "bench", "nonsense")
     assert (code, commands) == (2, [])
-    assert "there is: quality." in capsys.readouterr().err
+    assert "there is: quality, speed." in capsys.readouterr().err
 
 
 def test_a_benchmark_gets_the_demo_by_default_and_paths_from_where_it_was_called(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bench.temporal_tiny import tiny_inputs, tiny_model, tiny_run
+from bench.temporal.tiny import tiny_inputs, tiny_model, tiny_run
 from devkit.inprocess import use_host
 from devkit.paths import host_dir
 from tfmq.errors import TfmqError

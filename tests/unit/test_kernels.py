@@ -433,7 +433,7 @@ def test_the_int8_product_is_exact_either_way(exact: bool, m: int, n: int, k: in
     if ends:  # as large as they can be, in runs of one sign
         q, codes = (torch.where(t > -100, 127, -128) for t in (q, codes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_product, "_exact", exact)
+        patch.setattr(int8_product, "_adds_exactly", lambda: exact)
         got = int8_product.int8_product(q.to(torch.int8), codes.to(torch.int8))
     assert got.dtype == torch.int32 and torch.equal(got.long(), q @ codes.t())
 

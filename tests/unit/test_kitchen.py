@@ -116,13 +116,12 @@ def test_under_compile_torch_makes_the_product(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_trial_passes_it_and_sees_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    trial.trial.cache_clear()
-    assert trial.trial("tfmq.kernels.kitchen", cpu, kitchen.TOLERANCE) is None
+    monkeypatch.setattr(trial, "_found", {})
+    assert trial.fault("kitchen", kitchen, cpu, tolerance=kitchen.TOLERANCE) is None
     right = kitchen._run
     monkeypatch.setattr(kitchen, "_run", lambda *a: right(*a) * 1.05)
-    trial.trial.cache_clear()
-    assert "wrong" in (trial.trial("tfmq.kernels.kitchen", cpu, kitchen.TOLERANCE) or "")
-    trial.trial.cache_clear()
+    monkeypatch.setattr(trial, "_found", {})
+    assert "computes wrongly" in trial.fault("kitchen", kitchen, cpu, tolerance=kitchen.TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.outliers import LEAST, MOST, SHARE, add_outliers
+from bench.quality.outliers import LEAST, MOST, SHARE, add_outliers
 from support import tiny
 
 SEED = 3

@@ -1,6 +1,6 @@
 """What the temporal benchmark says about sizes of files with a table, against counts made by hand."""
 
-from bench.temporal_table import projected
+from bench.temporal.table import projected
 
 
 def test_a_qwen_image_file():

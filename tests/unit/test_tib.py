@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.temporal_models import MODELS, build
-from bench.temporal_share import share
-from bench.temporal_tiny import TINY, fill, tiny_inputs, tiny_model, tiny_run
+from bench.temporal.models import MODELS, build
+from bench.temporal.share import share
+from bench.temporal.tiny import TINY, fill, tiny_inputs, tiny_model, tiny_run
 from devkit.inprocess import use_host
 from devkit.paths import host_dir
 from support.probe import find_by_probe

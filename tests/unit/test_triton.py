@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: results in Triton's interpreter, machine code for every target, choice of tiles."""
+"""The Triton backend without a GPU: results in Triton's interpreter, machine code for every target."""
 
 import json
 import operator
@@ -8,20 +8,20 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import compile_kernels
-from bench.compile_kernels import Case
-from bench.interpreter import mend
+from bench.gpu import compile_kernels
+from bench.gpu.compile_kernels import Case, Kernel
+from bench.gpu.interpreted import mend
+from bench.gpu.launches import forced, kept
 from devkit.paths import ROOT
 from tfmq.geometry import Geometry
 from tfmq.kernels.triton import backend as triton_backend
 from tfmq.kernels.triton import tune as triton_tune
-from tfmq.kernels.triton.tune import Machine, Shape, Tile, Tuner
+from tfmq.kernels.triton.tune import Tile
 
 UNIT = Path(__file__).parent
 CAPABILITIES = [c for c in compile_kernels.SHARED_MEMORY if c not in compile_kernels.AROUND]
@@ -95,19 +95,15 @@ def test_the_host_counts_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(triton_launch.cdiv(n, k) == triton.cdiv(n, k) for k in (1, 3, 16, 128))
     for name in ("cdiv", "next_power_of_2"):
         monkeypatch.setattr(triton, name, None)
-    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
-    recorded = {name: Recorded() for name in kernels}
-    for name, one in recorded.items():
-        monkeypatch.setattr(triton_launch, name, one)
     grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), None)
     weight = triton_backend.prepare(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), Geometry((8, 32)))
     x = torch.zeros(5, 32)
-    triton_backend.linear_static(x, weight, grid, None)
-    triton_backend.linear_dynamic(x, weight, None, None)
-    triton_launch.product(x.to(torch.int8), weight, grid, None, None, torch.float16, tile=Tile(64, 64, 64, 2, 4, 2))
-    triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
-    triton_launch.layer_norm_quantize(x, torch.ones(32), torch.zeros(32), 1e-5, grid, 32)
-    assert all(hasattr(one, "call") for one in recorded.values())
+    with kept(found := {}):
+        with forced(Tile(64, 64, 64, 2, 4, 2)):
+            triton_backend.linear_static(x, weight, grid, None)
+        triton_backend.linear_dynamic(x, weight, None, None)
+        triton_launch.group_norm(torch.zeros(1, 8, 4, 4), 2, torch.ones(8), torch.zeros(8), 1e-5)
+    assert {launch.kernel.__name__ for launch in found.values()} == names_of_kernels()
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
@@ -140,8 +136,8 @@ def names_of_kernels() -> set[str]:
 def test_every_kernel_compiles(cache: None, capability: int) -> None:
     """There is machine code, it fits the GPU, and keeps its sums in registers."""
     found = list(compile_kernels.kernels(capability))
-    assert [kernel._replace(ptx="") for kernel in found if kernel.failed] == []
-    assert all(kernel.registers > 0 for kernel in found)
+    assert [(kernel.case, kernel.name, kernel.failed) for kernel in found if kernel.failed] == []
+    assert all(kernel.built.registers > 0 for kernel in found)
     if capability in compile_kernels.AROUND:
         assert {kernel.name for kernel in found} == {"quantize_kernel", "quantize_rows_kernel", "finish_kernel"}
         return
@@ -149,10 +145,10 @@ def test_every_kernel_compiles(cache: None, capability: int) -> None:
     products = [kernel for kernel in found if kernel.name == "product_kernel"]
     instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
     for kernel in products:
-        lines = [line for line in kernel.ptx.splitlines() if instruction in line]
+        lines = [line for line in kernel.built.ptx.splitlines() if instruction in line]
         assert lines and all(".s32.s8.s8" in line for line in lines), f"{kernel.case}: no int8 tensor core instruction"
         # A short product of odd sizes has one step, and nothing to fetch ahead.
-        assert "cp.async" in kernel.ptx or "odd" in kernel.case, f"{kernel.case}: loads are not pipelined"
+        assert "cp.async" in kernel.built.ptx or "odd" in kernel.case, f"{kernel.case}: loads are not pipelined"
 
 
 @needs_triton
@@ -183,133 +179,47 @@ def test_the_shipped_tiles_fit(capability: int) -> None:
     assert compile_kernels.largest(capability) in {case.tile for case in compile_kernels.cases(capability)}
 
 
-POINTERS = {
-    "x": "*fp16", "q": "*i8", "codes": "*i8", "factor": "*u8", "zero": "*u8", "inverse": "*fp32", "act_scale": "*fp32",
-    "act_zero": "*i32", "row_scale": "*fp32", "row_offset": "*fp32", "scale": "*fp32", "sums": "*i32", "bias": "*fp16",
-    "residual": "*fp16", "out": "*fp16", "partial": "*i32", "gain": "*fp32", "shift": "*fp32", "mean": "*fp32",
-    "spread": "*fp32", "weight": "*fp16", "eps": "fp32",
-}  # fmt: skip
-ALIGNED = {"n", "c", "k", "q_k", "q_c", "stride_m", "stride_w"}  # numbers that divide by 16 in real models
-
-
-def build(kernel, capability: int, options: dict[str, int], **constants):
-    """Compile for a GPU that is not here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    types = {**POINTERS, **({"codes": "*u8"} if constants.get("GROUP") else {})}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED
-    }
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def product(capability: int, tile: Tile, *, conv: bool, group: int = 0, dynamic: bool = False, residual: bool = False):
-    from tfmq.kernels.triton.product import product_kernel
-
-    size = 3 if conv else 1
-    absent = ["act_scale", "act_zero"] if dynamic else ["row_scale", "row_offset"]
-    absent += [] if group else ["factor", "zero"]
-    absent += [] if residual else ["residual"]
-    absent += [] if tile.split > 1 else ["partial"]
-    return build(
-        product_kernel, capability, {"num_warps": tile.warps, "num_stages": tile.stages}, KH=size, KW=size,
-        DENSE=not conv, GROUP=group, DYNAMIC=dynamic, HAS_BIAS=True, HAS_RESIDUAL=residual, EVEN_K=True,
-        SPLIT=tile.split, BM=tile.m, BN=tile.n, BK=tile.k, SWIZZLE=8, **dict.fromkeys(absent),
-    )  # fmt: skip
-
-
-def wide(built: object, what: str) -> tuple[int, int]:
+def wide(kernel: Kernel, what: str) -> tuple[int, int]:
     """Reads (ld) or writes (st) of global memory in the code: all of them, and those of 16 bytes each."""
-    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
+    found = re.findall(rf"\b{what}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", kernel.built.ptx)
     return len(found), sum(int(count or 1) * int(bits) == 128 for count, bits in found)
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_results_are_written_16_bytes_at_a_time(cache: None, capability: int) -> None:
-    tile = Tile(128, 128, 64, 8, 8, 3)
+    tile = Tile(128, 128, 64, 1, 8, 3)
     each = 128 * 128 // (32 * tile.warps)  # results of a thread
-    for how in {"conv": True}, {"conv": False, "dynamic": True}, {"conv": False, "residual": True}:
-        written, in_sixteens = wide(product(capability, tile._replace(split=1), **how), "st")
-        assert (written, in_sixteens) == (each // 8,) * 2  # of 8 float16
-    assert wide(product(capability, tile._replace(split=2), conv=True), "st") == (each // 4,) * 2  # of 4 int32
-    from tfmq.kernels.triton.product import finish_kernel
-
-    flags = {"DYNAMIC": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "SPLIT": 2, "BM": 32, "BN": 64}
-    absent = dict.fromkeys(["row_scale", "row_offset", "residual"])
-    built = build(finish_kernel, capability, {"num_warps": 4}, **flags, **absent)
-    each = 32 * 64 // (32 * 4)
-    assert wide(built, "st") == (each // 8,) * 2
-    assert wide(built, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
-
-
-class Recorded:
-    """Stands for a kernel; `call`: the arguments of the last launch."""
-
-    call: tuple[tuple, dict]
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*args: object, **options: object) -> None:
-            self.call = args, options
-
-        return launch
-
-
-def as_launched(kernel, capability: int, call: tuple[tuple, dict]):
-    """Compile for the arguments of a launch, as Triton would on a GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
-    args, options = call
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
-        general = parameter.do_not_specialize
-        if value is None or (isinstance(value, int) and value == 1 and not general):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = types[value.dtype]
-        else:
-            signature[parameter.name] = "i32"
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if number is not None and (i,) not in constants and number % 16 == 0 and not general:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    for i, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", options.pop(parameter.name)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    known = {case.name: case for case in compile_kernels.cases(capability)}
+    cases = [known[name]._replace(tile=tile) for name in ("conv 3 x 3", "linear per token", "linear static, plain")]
+    split = known["conv 3 x 3"]._replace(name="split", tile=tile._replace(split=2))
+    made = {(k.case, k.name): k for k in compile_kernels.kernels(capability, [*cases, split])}
+    for case in cases:
+        assert wide(made[case.name, "product_kernel"], "st") == (each // 8,) * 2  # of 8 float16
+    assert wide(made["split", "product_kernel"], "st") == (each // 4,) * 2  # of 4 int32
+    finish, each = made["split", "finish_kernel"], 32 * 64 // (32 * 4)
+    assert wide(finish, "st") == (each // 8,) * 2
+    assert wide(finish, "ld")[1] >= 2 * each // 4  # both shares, beside what is read per column
 
 
 @needs_triton
 @pytest.mark.parametrize("balanced", [True, False])
-def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(
-    cache: None, monkeypatch: pytest.MonkeyPatch, balanced: bool
-) -> None:
+def test_the_input_of_a_layer_is_read_16_bytes_at_a_time(cache: None, balanced: bool) -> None:
     """By the strides that the launch really has: of a Linear, and of an image in channels_last order."""
     from tfmq.geometry import StaticInput
     from tfmq.kernels.triton import launch as triton_launch
-    from tfmq.kernels.triton import quantize as triton_quantize
 
-    recorded, kernel = Recorded(), triton_quantize.quantize_kernel
-    monkeypatch.setattr(triton_launch, "quantize_kernel", recorded)
-    inverse = torch.ones(320) if balanced else None
-    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), inverse)
+    grid = StaticInput(torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.ones(320) if balanced else None)
+    rows = torch.empty(100, 320, dtype=torch.float16)
     image = torch.empty(2, 320, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
-    for run in (
-        lambda: triton_launch.quantize_matrix(torch.empty(100, 320, dtype=torch.float16), grid, 320),
-        lambda: triton_launch.quantize_image(image, grid, 320, (1, 1)),
-    ):
-        run()
-        built = as_launched(kernel, 89, recorded.call)
-        assert wide(built, "ld")[1] >= 128 * 32 // (32 * 8) // 8
-        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", built.asm["ptx"]), "one float16 at a time"
+    cases = [
+        Case("rows", lambda: triton_launch.quantize_matrix(rows, grid, 320)),
+        Case("image", lambda: triton_launch.quantize_image(image, grid, 320, (1, 1))),
+    ]
+    for case in cases:
+        (kernel,) = compile_kernels.kernels(89, [case])
+        assert wide(kernel, "ld")[1] >= 128 * 32 // (32 * 8) // 8
+        assert not re.search(r"ld\.global(\.\w+)*?\.b16\b", kernel.built.ptx), "one float16 at a time"
 
 
 @needs_triton
@@ -329,7 +239,7 @@ def test_the_matrix_of_versions_runs_to_its_end(tmp_path: Path) -> None:
 
     out, here = tmp_path / "matrix.json", triton.__version__
     program = (
-        "import os, sys; from bench import compile_matrix as m\n"
+        "import os, sys; from bench.gpu import compile_matrix as m\n"
         "from pathlib import Path\n"
         f"m.FOLDER = Path({str(tmp_path)!r})\n"
         "m.install = lambda version, _: 'cannot be installed' if version == '3.0.0' else None\n"
@@ -357,7 +267,8 @@ def test_the_pack_runs_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from tfmq.kernels import table, triton_backend\n"
+        "from tfmq.kernels import table\n"
+        "from tfmq.kernels.triton import backend as triton_backend\n"
         "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
         "torch.cuda.get_device_name = lambda *_: 'a GPU'\n"
         "print(triton_backend.missing(torch.device('cuda')))\n"
@@ -377,200 +288,14 @@ def test_a_schema_that_torch_cannot_read_leaves_eager_mode_alone() -> None:
         "    if name.startswith('tfmq::'): raise ValueError('unsupported type')\n"
         "    return inner(name, *rest, **more)\n"
         "torch.library.custom_op = refuse\n"
-        "from tfmq.kernels import triton_backend\n"
+        "from tfmq.kernels.triton import backend as triton_backend\n"
         "print(triton_backend.unusable())\n"
-        "from tfmq.kernels import triton_ops\n"
+        "from tfmq.kernels.triton import ops as triton_ops\n"
         "print(triton_ops.REGISTERED)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["None", "False"], done.stderr
     assert "torch.compile breaks its graphs" in done.stderr
-
-
-# --- tiles ----------------------------------------------------------------------------------------------------------
-
-GPU = Machine("a GPU", (9, 0), 132)
-LAYER = Shape("3 x 3 int8", 8192, 320, 320, 9)
-
-
-def times(best: Tile | None = None, calls: list[Tile] | None = None) -> Callable[[Tile], float]:
-    """A clock for which `best` is quickest."""
-
-    def time(tile: Tile) -> float:
-        if calls is not None:
-            calls.append(tile)
-        return 1.0 if tile == best else 2.0
-
-    return time
-
-
-def test_the_shipped_tiles_say_that_they_were_not_measured() -> None:
-    shipped = json.loads(triton_tune.SHIPPED.read_text(encoding="utf-8"))
-    assert "not measured" in shipped["about"]
-    for capability in (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1):
-        tiles = triton_tune.tiles_of(capability)
-        assert len(tiles) == len(set(tiles)) >= 5
-        for tile in tiles:
-            assert all(x & (x - 1) == 0 for x in (tile.m, tile.n, tile.k, tile.warps)) and tile.split == 1
-
-
-@pytest.mark.parametrize("m", [1, 17, 128, 512, 2048, 8192, 32768])
-@pytest.mark.parametrize("n", [4, 320, 1280, 10240])
-def test_the_estimate_fills_the_gpu_and_wastes_little(m: int, n: int) -> None:
-    shape = Shape("1 x 1", m, n, 1280, 1)
-    tile = triton_tune.candidates(shape, GPU)[0]
-    computed = -(-m // tile.m) * tile.m * -(-n // tile.n) * tile.n
-    assert computed <= max(4 * m * n, 64 * 64, 64 * n, 64 * m)
-    programs = -(-m // tile.m) * -(-n // tile.n) * tile.split
-    most = max(-(-m // t.m) * -(-n // t.n) * t.split for t in triton_tune.candidates(shape, GPU))
-    assert programs >= min(132, most) / 4
-
-
-def test_small_outputs_with_many_columns_are_split() -> None:
-    assert triton_tune.candidates(Shape("3 x 3", 128, 1280, 2560, 9), GPU)[0].split > 1  # 8 x 8 pixels, batch 2
-    assert all(tile.split == 1 for tile in triton_tune.candidates(Shape("1 x 1", 128, 64, 320, 1), GPU))
-
-
-def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "kernels.json"
-    best, calls = triton_tune.candidates(LAYER, GPU)[2], []
-    tuner = Tuner(path)
-    assert tuner.choose(LAYER, GPU, times(best, calls)) == best
-    assert 1 < len(set(calls)) <= triton_tune.TRIED and len(calls) == triton_tune.ROUNDS * len(set(calls))
-    count = len(calls)
-    assert tuner.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
-    other = Tuner(path)
-    assert other.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
-    assert other.choose(LAYER._replace(m=64), GPU, times(None, calls)) and len(calls) > count
-    assert other.choose(LAYER, GPU._replace(name="another GPU"), None) == triton_tune.candidates(LAYER, GPU)[0]
-    assert len(triton_tune.read(path)) == 2  # both processes' shapes
-    assert [p.name for p in path.parent.iterdir()] == ["kernels.json"]
-    other.forget()
-    path.unlink()
-    assert other.choose(LAYER, GPU, None) == triton_tune.candidates(LAYER, GPU)[0]
-
-
-def test_each_version_of_triton_has_its_own_times(tmp_path: Path) -> None:
-    path, (first, second) = tmp_path / "kernels.json", triton_tune.candidates(LAYER, GPU)[:2]
-    old, new = (Tuner(path, f"triton {version}") for version in ("3.6.0", "3.7.1"))
-    assert old.choose(LAYER, GPU, times(second)) == second
-    assert new.choose(LAYER, GPU, None) == first, "not timed yet"
-    assert new.choose(LAYER, GPU, times(first)) == first
-    assert Tuner(path, "triton 3.6.0").choose(LAYER, GPU, None) == second, "kept beside"
-
-
-@needs_triton
-def test_the_file_knows_what_compiled() -> None:
-    import triton
-
-    from tfmq.kernels.triton.launch import tuner
-
-    assert triton.__version__ in tuner._key(LAYER, GPU) and torch.__version__ in tuner._key(LAYER, GPU)
-
-
-def test_a_round_of_all_tiles_at_a_time() -> None:
-    """A GPU that slows down as it warms up: timed one after the other, the first would win."""
-    slow, quick = triton_tune.candidates(LAYER, GPU)[:2]
-    calls = []
-
-    def time(tile: Tile) -> float:
-        calls.append(tile)
-        return (1.0 if tile == quick else 1.1) * (1 + 0.02 * len(calls)) + (5.0 if len(calls) == 2 else 0.0)
-
-    assert triton_tune.quickest([slow, quick], time) == quick
-    assert calls == [slow, quick] * 3
-
-
-def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best, calls = triton_tune.candidates(LAYER, GPU)[2], []
-    tuner = Tuner(tmp_path / "kernels.json")
-    with monkeypatch.context() as capture:
-        capture.setattr(triton_tune, "capturing", lambda: True)
-        assert tuner.choose(LAYER, GPU, times(best, calls)) == triton_tune.candidates(LAYER, GPU)[0]
-    assert calls == []
-    assert tuner.choose(LAYER, GPU, times(best)) == best, "the estimate is not kept"
-    tuner = Tuner(None)
-    tuner.enabled = False
-    assert tuner.choose(LAYER, GPU, times(best, calls)) == triton_tune.candidates(LAYER, GPU)[0] and calls == []
-
-
-@pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("no memory"), RuntimeError("out of resource"), ValueError()]
-)
-def test_a_tile_that_does_not_run_is_left_out(tmp_path: Path, error: Exception) -> None:
-    ordered = triton_tune.candidates(LAYER, GPU)
-
-    def time(tile: Tile) -> float:
-        if tile != ordered[1]:
-            raise error
-        return 5.0
-
-    def never(tile: Tile) -> float:
-        tried.append(tile)
-        raise error
-
-    assert Tuner(tmp_path / "a").choose(LAYER, GPU, time) == ordered[1]
-    tuner, tried = Tuner(tmp_path / "b"), []
-    assert tuner.choose(LAYER, GPU, never) == ordered[0]
-    assert sorted(tried) == sorted(ordered), "all were tried, in the hope that one runs"
-    assert tuner.choose(LAYER, GPU, never) == ordered[0] and len(tried) == len(ordered), "and not again"
-    assert not (tmp_path / "b").exists()
-
-    def last(tile: Tile) -> float:
-        if tile != ordered[-1]:
-            raise error
-        return 5.0
-
-    assert Tuner(tmp_path / "d").choose(LAYER, GPU, last) == ordered[-1]
-
-    def interrupted(tile: Tile) -> float:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Tuner(tmp_path / "c").choose(LAYER, GPU, interrupted)
-
-
-BEST = list(triton_tune.candidates(LAYER, GPU)[1])
-KEY = Tuner(None)._key(LAYER, GPU)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"format": 2}', b'{"format": 2, "tiles": [1]}',
-        json.dumps({"format": 1, "tiles": {KEY: BEST}}).encode(),  # of an earlier version, with slower kernels
-        json.dumps({"format": 2, "tiles": {KEY: BEST[:3]}}).encode(),
-        json.dumps({"format": 2, "tiles": {KEY: [1 << 20] * 6}}).encode(),
-        json.dumps({"format": 2, "tiles": {KEY: ["a"] * 6}}).encode(),
-        json.dumps({"format": 2, "tiles": {KEY: 3}}).encode(),
-    ],
-)  # fmt: skip
-def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
-    assert triton_tune.FORMAT == 2
-    path = tmp_path / "kernels.json"
-    path.write_bytes(content)
-    best = triton_tune.candidates(LAYER, GPU)[2]
-    assert Tuner(path).choose(LAYER, GPU, times(best)) == best
-    assert Tuner(path).choose(LAYER, GPU, None) == best
-
-
-def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    best = triton_tune.candidates(LAYER, GPU)[2]
-    tuner = Tuner(tmp_path / "file" / "kernels.json")
-    assert tuner.choose(LAYER, GPU, times(best)) == best
-    assert tuner.choose(LAYER, GPU, None) == best
-
-
-@pytest.mark.parametrize(("system", "variable"), [("linux", "XDG_CACHE_HOME"), ("win32", "LOCALAPPDATA")])
-def test_the_file_lies_in_the_users_cache_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, variable: str
-) -> None:
-    monkeypatch.setattr(triton_tune.sys, "platform", system)
-    monkeypatch.setenv(variable, str(tmp_path))
-    assert triton_tune.cache_file() == tmp_path / "tfmq" / "kernels.json"
-    monkeypatch.delenv(variable)
-    assert Path.home() in triton_tune.cache_file().parents
 
 
 # --- the benchmark --------------------------------------------------------------------------------------------------

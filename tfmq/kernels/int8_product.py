@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .trial import once
+
 MIN_ROWS = 17  # cuBLASLt's int8 product wants more than 16 rows, and inner and outer sizes divisible by 8
 MULTIPLE = 8
+CPU = torch.device("cpu")
 
 
 def int8_product(q: Tensor, codes: Tensor) -> Tensor:
@@ -23,16 +26,10 @@ def int8_product(q: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(q, codes.t())
 
 
-_exact: bool | None = None
-
-
 def _adds_exactly() -> bool:
-    """Whether `torch._int_mm` is right on this CPU where no pair of products fits in 16 bits. Not known to a compiler
-    that comes first: its graph would take the trial in."""
-    global _exact
-    if _exact is None and not torch.compiler.is_compiling():
-        _exact = _try()
-    return bool(_exact)
+    """Whether `torch._int_mm` is right on this CPU where no pair of products fits in 16 bits; False where nothing can
+    be tried."""
+    return bool(once("int8_product", _try, CPU))
 
 
 def _try() -> bool:

@@ -18,7 +18,6 @@ from ..geometry import Codes, Geometry, StaticInput
 from . import int_mm, reference
 from .rates import Passes, no_int8
 from .reference import Prepared
-from .trial import trial
 
 K_MULTIPLE, N_MULTIPLE = 16, 8  # of what its products take without padding the weight anew at every call
 # An input: shifted (2 + 4), or balanced (2 + 4), looked through twice (4 each) and shifted (8); quantized (4 + 1) and
@@ -28,10 +27,9 @@ PASSES = {"linear_static": Passes(10.0, 0.0), "linear_dynamic": Passes(26.0, 8.0
 TOLERANCE = 0.03
 
 
-@lru_cache
 def missing(device: torch.device) -> str | None:
-    """Why this device cannot run these operations, or None."""
-    return no_int8(device) or unusable() or trial(__name__, device, TOLERANCE)
+    """Why this device cannot run these operations as far as is known without a trial, or None."""
+    return no_int8(device) or unusable()
 
 
 @lru_cache

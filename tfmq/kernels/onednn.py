@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
+from .trial import once
 
 BLOCK = 1 << 18  # entries per thread that are quantized at a time: 1 MB in float32
 MIN_ROWS = 1024  # of a block that is multiplied at once: with fewer, starting the threads takes the time
@@ -88,20 +89,14 @@ def missing() -> str | None:
     return None
 
 
-_exact: bool | None = None
-
-
 def _adds_exactly() -> bool:
     """Whether the sums are those of integers, where no pair of products fits in 16 bits.
 
     Without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, oneDNN adds pairs in int16, which saturates. It reads the
-    variable once per process; no function that torch exports says what it made of it. A compiler that comes first
-    believes the processor: its graph would take the trial in.
+    variable once per process; no function that torch exports says what it made of it. Where nothing can be tried, the
+    processor is believed.
     """
-    global _exact
-    if _exact is None and not torch.compiler.is_compiling():
-        _exact = _try()
-    return _exact is not False
+    return once("onednn", _try, torch.device("cpu")) is not False
 
 
 def _try() -> bool:

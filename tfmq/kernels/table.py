@@ -11,12 +11,11 @@ from types import ModuleType
 import torch
 
 from ..geometry import Geometry
-from . import float_conv, float_product, int_mm, kitchen, onednn, reference
+from . import float_conv, float_product, int_mm, kitchen, onednn, reference, trial
 from .costs import FREE, Costs, GpuCosts
 from .rates import no_int8, slower
 from .triton import backend as triton_backend
 from .triton import int_mm as triton_int_mm
-from .triton import probe as triton_probe
 
 LINEAR_STATIC, LINEAR_DYNAMIC, CONV2D_STATIC = "linear_static", "linear_dynamic", "conv2d_static"
 # Of GroupNorm and SiLU before it; only where a backend is faster with all three in one.
@@ -47,18 +46,23 @@ def _onednn(operation: str, device: torch.device, geometry: Geometry) -> str | N
 
 
 def _triton(operation: str, device: torch.device, geometry: Geometry) -> str | None:
-    return triton_backend.missing(device) or triton_probe.fault(device) or triton_backend.unsafe(geometry)
+    reason = triton_backend.missing(device) or triton_backend.unsafe(geometry)
+    # Of one operation: whatever is tried has to be compiled.
+    return reason or trial.fault("triton", triton_backend, device, (LINEAR_STATIC,))
 
 
 def _triton_int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
     reason = triton_backend.unsafe(geometry) or triton_int_mm.missing(device)
-    return reason or slower(device, geometry, triton_int_mm.PASSES)
+    reason = reason or slower(device, geometry, triton_int_mm.PASSES)
+    return reason or trial.fault("triton_int_mm", triton_int_mm, device)
 
 
 def _kitchen(operation: str, device: torch.device, geometry: Geometry) -> str | None:
     if geometry.is_conv:
         return "only Linear layers"
-    return kitchen.missing(device) or kitchen.unsafe(geometry) or slower(device, geometry, kitchen.PASSES[operation])
+    reason = kitchen.missing(device) or kitchen.unsafe(geometry)
+    reason = reason or slower(device, geometry, kitchen.PASSES[operation])
+    return reason or trial.fault("kitchen", kitchen, device, tolerance=kitchen.TOLERANCE)
 
 
 def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -88,7 +92,7 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
     return None
 
 
-# Measured dynamic costs: bench/dynamic_cost.py.
+# Measured dynamic costs: bench/speed/dynamic_cost.py.
 BACKENDS = (
     # On shapes of SD1.5 in bfloat16 a per-token layer took 1.2 to 1.7 times as long (2, since beside the error of
     # integer convolutions that of a Linear does not show: docs/quantization.md), one of 320 input channels 2.1 to 2.5,
@@ -123,9 +127,7 @@ BACKENDS = (
 
 def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     """The first backend that runs `operation` for this layer on this device."""
-    if triton_probe.undecided(device):
-        return _first(operation, device, geometry)
-    return _kept(operation, device, geometry)
+    return (_kept if trial.possible(device) else _first)(operation, device, geometry)
 
 
 def _first(operation: str, device: torch.device, geometry: Geometry) -> Backend:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import unet
 from bench.gpu.case import Case, Job
 from bench.gpu.stages.networks import Networks
+from bench.speed import unet
 
 LEVEL = unet.Config(64, (1,), (1,), 1, 768, None, False, 0, blocks=1)
 

@@ -25,11 +25,12 @@ try:
 except ImportError:
     raise Absent("Triton is not installed") from None
 
-from bench import speed_networks, speed_ops, unet
 from bench.gpu.launches import Launch, forced, kept
 from bench.gpu.layers import Place
 from bench.gpu.stages import ops, parity
 from bench.gpu.truth import Silent
+from bench.speed import layers_gpu, unet
+from bench.speed.networks import BATCH, kept_in_float
 from tfmq.geometry import Geometry, Norm, geometry_of
 from tfmq.kernels.triton import backend as triton_backend
 from tfmq.kernels.triton import launch
@@ -41,20 +42,27 @@ __all__ = ["cases", "parallel"]
 LIMIT = 90.0
 CPU = torch.device("cpu")
 ABROAD = (86, 90)  # what a machine without a GPU compiles for
-GROUP = 64  # of 4-bit weights in speed_ops
+GROUP = 64  # of 4-bit weights in bench/speed/layers_gpu.py
 
 
 def cases(job: Job) -> list[Case]:
     if job.device == "cuda":
         found = everything(Apart(_machine).result())
         return [
-            Case(name, partial(one.compile, None), LIMIT) for name, one in found.items()
+            Case(name, partial(compiled, one, None), LIMIT) for name, one in found.items()
         ]  # for the GPU that is here
     some = handful()
     return [
-        Case(f"sm_{capability} {name}", partial(one.compile, capability), LIMIT)
+        Case(f"sm_{capability} {name}", partial(compiled, one, capability), LIMIT)
         for capability in ABROAD for name, one in some.items()
     ]  # fmt: skip
+
+
+def compiled(one: Launch, capability: int | None) -> dict[str, Any]:
+    """A case's result. capability: as in `Launch.compile`."""
+    built = one.compile(capability)
+    found = {"compile_s": round(built.seconds, 3), "shared": built.shared, "instruction": built.instruction}
+    return {**found, "registers": built.registers, "spills": built.spilled, "unread": built.unread}
 
 
 class Apart:
@@ -112,12 +120,12 @@ def everything(at: Machine) -> dict[str, Launch]:
 
 
 def products(
-    shape: speed_ops.Conv | speed_ops.Linear, at: Machine, group: int, dtype: torch.dtype = torch.float16
+    shape: layers_gpu.Conv | layers_gpu.Linear, at: Machine, group: int, dtype: torch.dtype = torch.float16
 ) -> None:
     """Launch the product of a shape with every tile that would be timed for it, and every shipped one, on few rows;
     with a bias and, where it is a Linear in 8 bits, without, as layers for q, k and v are."""
-    _, _, n = speed_ops.product_size(shape)
-    if isinstance(shape, speed_ops.Conv):
+    _, _, n = layers_gpu.product_size(shape)
+    if isinstance(shape, layers_gpu.Conv):
         c = shape.c
         geometry = Geometry((n, c, shape.kernel, shape.kernel), (shape.stride,) * 2, (shape.kernel // 2,) * 2)
     else:
@@ -171,11 +179,11 @@ class NetworkLayer:
 
 
 def layers_of(model: str) -> list[NetworkLayer]:
-    """Those of a network of bench/unet.py, each kind once, in the order of a step."""
+    """Those of a network of bench/speed/unet.py, each kind once, in the order of a step."""
     config = unet.CONFIGS[model]
     with torch.device("meta"):
         network = unet.UNetModel(config).half()
-    keep = speed_networks.kept_in_float(network)
+    keep = kept_in_float(network)
     chains = [chain for m in network.modules() if isinstance(m, unet.ResBlock) for chain in (m.in_layers, m.out_layers)]
     normed = {id(chain[-1]) for chain in chains}
     found: dict[NetworkLayer, None] = {}
@@ -189,7 +197,7 @@ def layers_of(model: str) -> list[NetworkLayer]:
     for path, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and path not in keep:
             module.register_forward_pre_hook(look)
-    network(*unet.inputs(config, speed_networks.BATCH, torch.float16, torch.device("meta")))
+    network(*unet.inputs(config, BATCH, torch.float16, torch.device("meta")))
     return list(found)
 
 

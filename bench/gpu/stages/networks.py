@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import speed_networks, unet
 from bench.gpu import profiled, quick
 from bench.gpu.case import Case, Job, Wrong
+from bench.speed import unet
+from bench.speed.networks import BATCH, OURS, build, float_network
 
 SECONDS = 2.0  # of timing per contender
 MOST = 30
@@ -45,24 +46,24 @@ class Networks:
     def __init__(self, job: Job) -> None:
         self.model, self.device, self.work = job.stage, torch.device(job.device), Path(job.work)
         self.config = unet.CONFIGS[self.model]
-        self.inputs = unet.inputs(self.config, speed_networks.BATCH, torch.float16, self.device)
+        self.inputs = unet.inputs(self.config, BATCH, torch.float16, self.device)
         self.made: dict[str, nn.Module] = {}
 
     def network(self, name: str) -> nn.Module:
         """Named "fp16", "ours" or these with " NCHW": in the host's layout, which makes NCHW behind transformers."""
         if name in self.made:
             return self.made[name]
-        if name.endswith("NCHW"):
+        nchw = name.endswith("NCHW")
+        if nchw:
             self.made.clear()  # its memory; these are the last
             gc.collect()
-        network = speed_networks.float_network(self.config, self.device, torch.float16)
+        config = unet.config_of(self.model + unet.NCHW) if nchw else self.config
+        network = float_network(config, self.device, torch.float16)
         if name.startswith("ours"):
             quick.quantize(network, self.inputs)
-        if name.endswith("NCHW"):
+        if nchw:
             for module in network.modules():
-                if isinstance(module, unet.SpatialTransformer):
-                    module.order = torch.contiguous_format
-                elif isinstance(module, nn.Conv2d):
+                if isinstance(module, nn.Conv2d):
                     module.weight.data = module.weight.data.contiguous()
         self.made[name] = network
         return network
@@ -73,7 +74,7 @@ class Networks:
         wide = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         try:
-            network = speed_networks.float_network(self.config, self.device, torch.float16).float()
+            network = float_network(self.config, self.device, torch.float16).float()
             x, t, *rest = self.inputs
             return network(x.float(), t, *(None if value is None else value.float() for value in rest))
         finally:
@@ -127,7 +128,7 @@ class Networks:
         self.made.clear()
         gc.collect()
         started = time.perf_counter()
-        ours = speed_networks.build(speed_networks.OURS, self.model, self.device, self.work / "calibrations")
+        ours = build(OURS, self.model, self.device, self.work / "calibrations")
         self.wait()
         found: dict[str, Any] = {"made_s": time.perf_counter() - started, "notes": ours.notes}
         found["error"] = self.error(ours.step())

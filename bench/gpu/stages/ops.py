@@ -16,9 +16,9 @@ try:
 except ImportError:
     raise Absent("Triton is not installed") from None
 
-from bench import speed_ops
 from bench.gpu.launches import forced, watched
-from bench.speed_ops import Conv, Linear
+from bench.speed import layers_gpu
+from bench.speed.layers_gpu import Conv, Linear
 from tfmq.kernels.triton import tune as triton_tune
 from tfmq.kernels.triton.tune import Machine, Shape, Tile
 
@@ -45,7 +45,7 @@ def name(shape: Conv | Linear) -> str:
 
 def tiles(shape: Conv | Linear, at: Machine) -> list[Tile]:
     """Those that the tuner would time for a shape, and every shipped one."""
-    m, k, n = speed_ops.product_size(shape)
+    m, k, n = layers_gpu.product_size(shape)
     taps = shape.kernel**2 if isinstance(shape, Conv) else 1
     ordered = triton_tune.candidates(Shape("", m, n, k // taps, taps), at)
     return list(dict.fromkeys([*triton_tune._worth_timing(ordered), *triton_tune.tiles_of(at.capability)]))
@@ -54,10 +54,10 @@ def tiles(shape: Conv | Linear, at: Machine) -> list[Tile]:
 def measure(shape: Conv | Linear, device: torch.device) -> dict[str, Any]:
     """`median_us` by contender; `tiles` with the time of the product alone, quickest first; `chosen` and `best`."""
     dtype = torch.float16
-    contenders = speed_ops.contenders(shape, device, dtype)
-    times = speed_ops.race(contenders, device, ROUNDS)
+    contenders = layers_gpu.contenders(shape, device, dtype)
+    times = layers_gpu.race(contenders, device, ROUNDS)
     median = {key: 1e6 * statistics.median(each) for key, each in times.items() if each}
-    m, k, n = speed_ops.product_size(shape)
+    m, k, n = layers_gpu.product_size(shape)
     found: dict[str, Any] = {"median_us": median, "product": [m, k, n]}
     found["tops"] = {key: 2e-6 * m * k * n / us for key, us in median.items()}
     found["failed"] = [key for key, each in times.items() if not each]
@@ -69,7 +69,7 @@ def measure(shape: Conv | Linear, device: torch.device) -> dict[str, Any]:
         row: dict[str, Any] = {"tile": list(tile)}
         try:
             with forced(tile):
-                once = speed_ops.timed(call, inputs, device)
+                once = layers_gpu.timed(call, inputs, device)
             row["us"] = 1e6 * statistics.median(once() for _ in range(TILE_ROUNDS))
         except Exception as error:  # one that does not fit is told, the others go on
             if "CUDA error" in str(error):

@@ -83,23 +83,20 @@ def prepare_packed(packed: Packed, geometry: Geometry, sums: Tensor | None = Non
     )  # fmt: skip
 
 
-def linear_static(
-    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
-    """As `reference.linear_static`. residual: of the result's shape; added in float32, before the one rounding."""
+def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
+    """As `reference.linear_static`."""
     from . import ops as triton_ops
 
-    return triton_ops.run("linear_static", x, *triton_ops.flat(weight), *grid, bias, residual)
+    return triton_ops.run("linear_static", x, *triton_ops.flat(weight), *grid, bias)
 
 
 def linear_dynamic(
-    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """As `reference.linear_dynamic`; residual as in `linear_static`."""
+    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
+) -> Tensor:
+    """As `reference.linear_dynamic`."""
     from . import ops as triton_ops
 
-    return triton_ops.run("linear_dynamic", x, *triton_ops.flat(weight), inverse_balance, bias, bits, residual)
+    return triton_ops.run("linear_dynamic", x, *triton_ops.flat(weight), inverse_balance, bias, bits)
 
 
 def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
@@ -129,18 +126,13 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
     return y.view(*codes.shape[:-1], weight.scale.shape[0])
 
 
-def conv2d_static(
-    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
-    """As `reference.conv2d_static`; groups == 1. The result is in channels_last order.
-
-    residual: as in `linear_static`.
-    """
+def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
+    """As `reference.conv2d_static`; groups == 1. The result is in channels_last order."""
     from . import ops as triton_ops
 
     g = weight.geometry
     place = [*g.stride, *g.padding, *g.dilation]
-    return triton_ops.run("conv2d_static", x, *triton_ops.flat(weight), *grid, bias, residual, list(g.shape), place)
+    return triton_ops.run("conv2d_static", x, *triton_ops.flat(weight), *grid, bias, list(g.shape), place)
 
 
 def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:

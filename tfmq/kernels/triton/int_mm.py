@@ -1,7 +1,7 @@
 """torch's int8 product between two Triton kernels of ours, for GPUs for which Triton makes no int8 product (7.5).
 
-One launch quantizes, cuBLAS multiplies, one launch finishes: scales, zero point, bias and residual. A convolution
-gathers its patches as int8 in between. Under torch.compile the plain functions of `int_mm` run, which Inductor fuses
+One launch quantizes, cuBLAS multiplies, one launch finishes: scales, zero point, bias. A convolution gathers its
+patches as int8 in between. Under torch.compile the plain functions of `int_mm` run, which Inductor fuses
 around the product itself.
 """
 
@@ -18,7 +18,6 @@ from ...geometry import Codes, Geometry, StaticInput
 from .. import int_mm
 from ..int_mm import MIN_ROWS, MULTIPLE, PATCH_BYTES
 from ..rates import Passes, gathers, no_int8
-from ..trial import trial
 from . import backend as triton_backend
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ PASSES = Passes(2.0, 8.0, 2.0)
 
 @lru_cache
 def missing(device: torch.device) -> str | None:
-    """Why this device cannot run these operations, or None."""
+    """Why this device cannot run these operations as far as is known without a trial, or None."""
     reason = no_int8(device)
     if reason is None and torch.cuda.get_device_capability(device) >= triton_backend.CAPABILITY:
         reason = "Triton makes int8 products for this GPU itself"
-    return reason or triton_backend.unusable() or trial(__name__, device)
+    return reason or triton_backend.unusable()
 
 
 def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
@@ -50,23 +49,20 @@ def view(weight: Prepared) -> Tensor:
     return triton_backend.view(weight._replace(codes=weight.codes[: weight.scale.shape[0]]))
 
 
-def linear_static(
-    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """As `triton_backend.linear_static`."""
     if torch.compiler.is_compiling():
-        return _added(int_mm.linear_static(x, _plain(weight), grid, bias), residual)
-    return multiply(quantize_static(x, weight, grid), weight, bias, residual)
+        return int_mm.linear_static(x, _plain(weight), grid, bias)
+    return multiply(quantize_static(x, weight, grid), weight, bias)
 
 
 def linear_dynamic(
-    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
+) -> Tensor:
     """As `triton_backend.linear_dynamic`."""
     if torch.compiler.is_compiling():
-        return _added(int_mm.linear_dynamic(x, _plain(weight), inverse_balance, bias, bits), residual)
-    return multiply(quantize_dynamic(x, weight, inverse_balance, bits), weight, bias, residual)
+        return int_mm.linear_dynamic(x, _plain(weight), inverse_balance, bias, bits)
+    return multiply(quantize_dynamic(x, weight, inverse_balance, bits), weight, bias)
 
 
 def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
@@ -79,24 +75,21 @@ def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None
     return triton_backend.quantize_dynamic(_readable(x), weight, inverse_balance, bits)._replace(dtype=x.dtype)
 
 
-def multiply(codes: Codes, weight: Prepared, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """As `reference.multiply`; residual as in `triton_backend.linear_static`. Not under torch.compile."""
+def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
+    """As `reference.multiply`. Not under torch.compile."""
     from .launch import Rows
 
     n = weight.scale.shape[0]
     rows = None if codes.scale is None or codes.offset is None else Rows(codes.values, codes.scale, codes.offset)
     out = torch.empty(codes.values.shape[0], n, dtype=_readable_type(codes.dtype), device=codes.values.device)
-    flat = None if residual is None else residual.reshape(-1, n).contiguous()
-    _product(codes.values, weight, codes.grid, rows, bias, flat, out)
+    _product(codes.values, weight, codes.grid, rows, bias, out)
     return out.to(codes.dtype).view(*codes.shape[:-1], n)
 
 
-def conv2d_static(
-    x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """As `triton_backend.conv2d_static`; groups == 1."""
     if torch.compiler.is_compiling():
-        return _added(_plain_convolution(x, weight, grid, bias), residual)
+        return _plain_convolution(x, weight, grid, bias)
     from . import launch
 
     g = weight.geometry
@@ -104,16 +97,13 @@ def conv2d_static(
     height, width = g.output_size(x.shape[2], x.shape[3])
     q = launch.quantize_image(_readable(x), grid, weight.channels, g.padding)
     out = torch.empty(x.shape[0], height, width, n, dtype=_readable_type(x.dtype), device=x.device)
-    if residual is not None:
-        residual = residual.permute(0, 2, 3, 1).contiguous()
     step = max(1, x.shape[0])
     if gathers(g):
         step = max(1, PATCH_BYTES // max(1, height * width * weight.codes.shape[1]))
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         rows = patches(q[part], g, height, width) if gathers(g) else q[part].view(-1, weight.channels)
-        more = None if residual is None else residual[part].view(-1, n)
-        _product(rows, weight, grid, None, bias, more, out[part].view(-1, n))
+        _product(rows, weight, grid, None, bias, out[part].view(-1, n))
     return out.to(x.dtype).permute(0, 3, 1, 2)
 
 
@@ -132,10 +122,9 @@ def patches(q: Tensor, geometry: Geometry, height: int, width: int) -> Tensor:
 
 
 def _product(
-    q: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
-    residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    """q int8 [M, K'] -> out [M, N], both contiguous, and so the residual."""
+    q: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None, out: Tensor
+) -> None:
+    """q int8 [M, K'] -> out [M, N], both contiguous."""
     from . import launch
 
     m, n = out.shape
@@ -144,8 +133,7 @@ def _product(
     if m < MIN_ROWS:
         q = F.pad(q, (0, 0, 0, MIN_ROWS - m))
     sums = torch._int_mm(q, weight.codes.t())[:m, :n].contiguous()
-    bias, residual = (None if t is None else _readable(t) for t in (bias, residual))
-    launch.finish(sums, weight, grid, rows, bias, residual, out)
+    launch.finish(sums, weight, grid, rows, None if bias is None else _readable(bias), out)
 
 
 def _readable_type(dtype: torch.dtype) -> torch.dtype:
@@ -168,7 +156,3 @@ def _plain_convolution(x: Tensor, weight: Prepared, grid: StaticInput, bias: Ten
         inverse = grid.inverse_balance
         grid = grid._replace(inverse_balance=None if inverse is None else F.pad(inverse, (0, more)))
     return int_mm.conv2d_static(x, _plain(weight), grid, bias)
-
-
-def _added(y: Tensor, residual: Tensor | None) -> Tensor:
-    return y if residual is None else y + residual

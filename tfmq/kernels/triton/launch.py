@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...geometry import Geometry, StaticInput
 from ..device_time import stopwatch
-from .norm import channel_statistics_kernel, group_gain_kernel, layer_norm_quantize_kernel
+from .norm import channel_statistics_kernel, group_gain_kernel
 from .product import finish_kernel, product_kernel
 from .quantize import quantize_kernel, quantize_rows_kernel
-from .tune import Shape, Tile, Tuner, cache_file, machine, tiles_of
+from .tune import Shape, Tile, Tuner, cache_file, machine
 
 MULTIPLE = 16  # channels are padded to it: a load of 16 bytes needs an address that divides by 16
 SWIZZLE = 8
@@ -152,32 +152,14 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     return Affine(gain, shift)
 
 
-def layer_norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, grid: StaticInput, channels: int
-) -> Tensor:
-    """LayerNorm over K of x float [M, K], any strides -> int8 [M, channels]; weight, bias: float [K]."""
-    m, k = x.shape
-    q = torch.empty(m, channels, dtype=torch.int8, device=x.device)
-    if m:
-        block = min(LONGEST_ROW, power_of_2(channels))
-        with _on(x.device):
-            layer_norm_quantize_kernel[(m,)](
-                x, q, weight, bias, grid.inverse_balance, grid.scale, grid.zero_point, k, channels, *x.stride(), eps,
-                HAS_BALANCE=grid.inverse_balance is not None, BLOCK=block, num_warps=4 if block <= 2048 else 8,
-            )  # fmt: skip
-    return q
-
-
 def product(
     q: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
-    dtype: torch.dtype, size: tuple[int, int, int] | None = None, residual: Tensor | None = None,
-    tile: Tile | None = None,
+    dtype: torch.dtype, size: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Quantized activations times a weight -> float [M, N] in `dtype`.
 
     q: int8 [M, C'], or with `size` (images, rows and columns of the output) an image of `quantize_image`. Either grid
-    (static) or rows (one grid per row) says what the codes mean. residual: [M, N], contiguous, added in float32.
-    tile: None for the one that the tuner has for this shape.
+    (static) or rows (one grid per row) says what the codes mean.
     """
     g = weight.geometry
     n, c = weight.scale.shape[0], weight.channels
@@ -191,8 +173,8 @@ def product(
     q_height, q_width = (1, 1) if size is None else q.shape[1:3]
     scale, zero = (None, None) if grid is None else (grid.scale, grid.zero_point)
     row_scale, row_offset = (None, None) if rows is None else (rows.scale, rows.offset)
-    epilogue = (scale, zero, row_scale, row_offset, weight.scale, weight.sums, bias, residual, out)
-    flags = {"DYNAMIC": rows is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    epilogue = (scale, zero, row_scale, row_offset, weight.scale, weight.sums, bias, out)
+    flags = {"DYNAMIC": rows is not None, "HAS_BIAS": bias is not None}
 
     def run(tile: Tile) -> None:
         shares = None
@@ -212,19 +194,13 @@ def product(
     bits = f"int4/{weight.group}" if weight.group else "int8"
     kind = f"{kh} x {kw} {'dense' if dense else g.stride} {bits} {'rows' if rows else 'static'} {dtype}"
     with _on(q.device):
-        run(tile or tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
+        run(tuner.choose(Shape(kind, m, n, c, kh * kw), machine(q.device), _timer(run, q.device)))
     return out
 
 
-def smallest_tile(device: torch.device) -> Tile:
-    """The shipped tile with the smallest block: the one that asks least of a GPU."""
-    return min(tiles_of(machine(device).capability), key=lambda tile: (tile.m * tile.n, tile.stages * tile.k))
-
-
 def finish(
-    sums: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None,
-    residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+    sums: Tensor, weight: Prepared, grid: StaticInput | None, rows: Rows | None, bias: Tensor | None, out: Tensor
+) -> None:
     """Integer products int32 [M, N] of another's making -> out float [M, N]; both contiguous. The rest as in
     `product`."""
     m, n = out.shape
@@ -232,9 +208,8 @@ def finish(
     row_scale, row_offset = (None, None) if rows is None else (rows.scale, rows.offset)
     with _on(out.device):
         finish_kernel[(cdiv(m, 32), cdiv(n, 64))](
-            sums, scale, zero, row_scale, row_offset, weight.scale, weight.sums, bias, residual, out, m, n,
-            DYNAMIC=rows is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SPLIT=1,
-            BM=32, BN=64, num_warps=4,
+            sums, scale, zero, row_scale, row_offset, weight.scale, weight.sums, bias, out, m, n,
+            DYNAMIC=rows is not None, HAS_BIAS=bias is not None, SPLIT=1, BM=32, BN=64, num_warps=4,
         )  # fmt: skip
 
 

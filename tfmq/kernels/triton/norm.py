@@ -1,15 +1,13 @@
-"""Normalization and quantization in one pass over the data, for layers with a static grid.
+"""GroupNorm as a product and a sum per image and channel, which `quantize_kernel` applies before it rounds.
 
-A static grid is known before its layer runs, so that the normalized values need not go to memory in float. The norms
-are computed in float32 without a rounding in between; the codes are those of a float32 norm.
+A static grid is known before its layer runs, so that the normalized values need not go to memory in float. They are
+computed in float32 without a rounding in between; the codes are those of a float32 norm.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .quantize import static_codes
 
 
 @triton.jit(do_not_specialize=["pixels", "width", "chunks"])
@@ -62,39 +60,3 @@ def group_gain_kernel(
     to = image.to(tl.int64) * c + channel
     tl.store(gain + to, slope, mask=mine)
     tl.store(shift + to, tl.load(bias + channel, mask=mine, other=0.0).to(tl.float32) - average * slope, mask=mine)
-
-
-@triton.jit
-def layer_norm_quantize_kernel(
-    x, q, weight, bias, inverse, act_scale, act_zero, k, q_k, stride_m, stride_k, eps,
-    HAS_BALANCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x float [M, k], any strides -> q int8 [M, q_k] on a static grid, of LayerNorm(x) over k. One program per row."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, k, BLOCK):
-        here = start + column
-        total += tl.load(x + row * stride_m + here.to(tl.int64) * stride_k, mask=here < k, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / k
-    square = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, k, BLOCK):
-        here = start + column
-        value = tl.load(x + row * stride_m + here.to(tl.int64) * stride_k, mask=here < k, other=0.0).to(tl.float32)
-        off = tl.where(here < k, value - mean, 0.0)
-        square += off * off
-    slope = 1.0 / tl.sqrt(tl.sum(square, 0) / k + eps)
-    scale = tl.load(act_scale)
-    zero_point = tl.load(act_zero)
-    for start in range(0, q_k, BLOCK):
-        here = start + column
-        real = here < k
-        value = tl.load(x + row * stride_m + here.to(tl.int64) * stride_k, mask=real, other=0.0).to(tl.float32)
-        value = (value - mean) * slope * tl.load(weight + here, mask=real, other=0.0).to(tl.float32)
-        value += tl.load(bias + here, mask=real, other=0.0).to(tl.float32)
-        if HAS_BALANCE:
-            factor = tl.div_rn(tl.load(inverse + here, mask=real, other=0.0), tl.broadcast_to(scale, [BLOCK]))
-        else:
-            factor = tl.div_rn(1.0, scale)
-        code = tl.where(real, static_codes(value, factor, zero_point), (zero_point - 128).to(tl.int8))
-        tl.store(q + row * q_k + here, code, mask=here < q_k)

@@ -26,58 +26,49 @@ def flat(weight: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tenso
 def linear_static(
     x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
     group: int, act_scale: Tensor, act_zero: Tensor, inverse_balance: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-    residual: Optional[Tensor],  # noqa: UP045
 ) -> Tensor:  # fmt: skip
     weight = Prepared(codes, scale, sums, factor, zero, group, Geometry(tuple(codes.shape)))
     grid = StaticInput(act_scale, act_zero, inverse_balance)
     q = launch.quantize_matrix(x.reshape(-1, x.shape[-1]), grid, weight.channels)
-    y = launch.product(q, weight, grid, None, bias, x.dtype, None, _matrix(residual, scale))
+    y = launch.product(q, weight, grid, None, bias, x.dtype)
     return y.view(*x.shape[:-1], scale.shape[0])
 
 
 def linear_dynamic(
     x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
-    group: int, inverse_balance: Optional[Tensor], bias: Optional[Tensor], bits: int, residual: Optional[Tensor],  # noqa: UP045
+    group: int, inverse_balance: Optional[Tensor], bias: Optional[Tensor], bits: int,  # noqa: UP045
 ) -> Tensor:  # fmt: skip
     weight = Prepared(codes, scale, sums, factor, zero, group, Geometry(tuple(codes.shape)))
     rows = launch.quantize_rows(x.reshape(-1, x.shape[-1]), inverse_balance, bits, weight.channels)
-    y = launch.product(rows.codes, weight, None, rows, bias, x.dtype, None, _matrix(residual, scale))
+    y = launch.product(rows.codes, weight, None, rows, bias, x.dtype)
     return y.view(*x.shape[:-1], scale.shape[0])
 
 
 def conv2d_static(
     x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, factor: Optional[Tensor], zero: Optional[Tensor],  # noqa: UP045
     group: int, act_scale: Tensor, act_zero: Tensor, inverse_balance: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-    residual: Optional[Tensor], shape: list[int], place: list[int],  # noqa: UP045
+    shape: list[int], place: list[int],
 ) -> Tensor:  # fmt: skip
     """shape: of the weight, [N, C, kh, kw]; place: stride, padding and dilation, two numbers each."""
     geometry = _geometry(shape, place)
     weight = Prepared(codes, scale, sums, factor, zero, group, geometry)
     grid = StaticInput(act_scale, act_zero, inverse_balance)
-    return _convolve(x, launch.quantize_image(x, grid, weight.channels, geometry.padding), weight, grid, bias, residual)
+    return _convolve(x, launch.quantize_image(x, grid, weight.channels, geometry.padding), weight, grid, bias)
 
 
 def conv2d_static_normed(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, norm: Norm) -> Tensor:
     """`conv2d_static` of SiLU(norm(x)); a plain function only."""
     affine = launch.group_norm(x, *norm)
     q = launch.quantize_image(x, grid, weight.channels, weight.geometry.padding, affine, silu=True)
-    return _convolve(x, q, weight, grid, bias, None)
+    return _convolve(x, q, weight, grid, bias)
 
 
-def _convolve(
-    x: Tensor, q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def _convolve(x: Tensor, q: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
     """q: the codes of x, or of what was made of it."""
     n = weight.geometry.shape[0]
     size = x.shape[0], *weight.geometry.output_size(x.shape[2], x.shape[3])
-    if residual is not None:
-        residual = residual.permute(0, 2, 3, 1).reshape(-1, n)
-    y = launch.product(q, weight, grid, None, bias, x.dtype, size, residual)
+    y = launch.product(q, weight, grid, None, bias, x.dtype, size)
     return y.view(*size, n).permute(0, 3, 1, 2)
-
-
-def _matrix(residual: Tensor | None, scale: Tensor) -> Tensor | None:
-    return None if residual is None else residual.reshape(-1, scale.shape[0]).contiguous()
 
 
 def _geometry(shape: list[int], place: list[int]) -> Geometry:

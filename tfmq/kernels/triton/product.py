@@ -13,14 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def _float_result(
-    acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
-    DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias,
+    DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """int32 products [m, n] -> float32: what the codes stand for, bias and residual added.
+    """int32 products [m, n] -> float32: what the codes stand for, and the bias added.
 
-    row, column: of the block; live: which of its places exist. Here and where results are stored, addresses are made of
-    `row` and `column` under a mask: of clamped columns the compiler does not know that they follow each other, and
-    reads and writes them one by one.
+    row, column: of the block. Here and where results are stored, addresses are made of `row` and `column` under a mask:
+    of clamped columns the compiler does not know that they follow each other, and reads and writes them one by one.
     """
     real = column < n
     weight_sums = tl.load(sums + column, mask=real, other=0)
@@ -35,9 +34,6 @@ def _float_result(
         y = (acc - shifted * weight_sums[None, :]).to(tl.float32) * (tl.load(act_scale) * weight_scale)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        at = row.to(tl.int64)[:, None] * n + column[None, :]
-        y += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
     return y
 
 
@@ -76,10 +72,10 @@ def _four_bit_tile(codes, factor, zero, columns, k_bytes, groups, start, limit, 
     ]
 )  # fmt: skip
 def product_kernel(
-    q, codes, factor, zero, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, out, partial,
+    q, codes, factor, zero, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, out, partial,
     m, n, c, height, width, q_height, q_width, stride_h, stride_w, dilation_h, dilation_w,
     KH: tl.constexpr, KW: tl.constexpr, DENSE: tl.constexpr, GROUP: tl.constexpr, DYNAMIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
 ):  # fmt: skip
     """q int8 [B, q_height, q_width, c], codes int8 [n, KH * KW * c] -> out float [m, n], m = B * height * width.
@@ -144,16 +140,15 @@ def product_kernel(
         tl.store(partial + share.to(tl.int64) * m * n + at, acc, mask=live)
     else:
         result = _float_result(
-            acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
-            DYNAMIC, HAS_BIAS, HAS_RESIDUAL,
+            acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, DYNAMIC, HAS_BIAS,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["m"])
 def finish_kernel(
-    partial, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, out, m, n,
-    DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    partial, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, out, m, n,
+    DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """partial int32 [SPLIT, m, n] -> out float [m, n]: the shares added, in integers and so exactly, then as above."""
@@ -166,7 +161,6 @@ def finish_kernel(
     for share in range(1, SPLIT):
         acc += tl.load(partial + share * size + at, mask=live, other=0)
     result = _float_result(
-        acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, residual, live,
-        DYNAMIC, HAS_BIAS, HAS_RESIDUAL,
+        acc, row, column, m, n, act_scale, act_zero, row_scale, row_offset, scale, sums, bias, DYNAMIC, HAS_BIAS,
     )  # fmt: skip
     tl.store(out + at, result.to(out.dtype.element_ty), mask=live)

@@ -108,6 +108,19 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+_untimed: ContextVar[bool] = ContextVar("tfmq_untimed", default=False)
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, and in this thread alone, nothing is timed: a shape that nothing is known of takes the estimate."""
+    token = _untimed.set(True)
+    try:
+        yield
+    finally:
+        _untimed.reset(token)
+
+
 Watcher = Callable[["Shape", int, int], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("tfmq_watcher", default=None)
 
@@ -133,14 +146,11 @@ def tell(shape: Shape, done: int, total: int) -> None:
 class Tuner:
     """Remembers the tile of every shape, in memory and in a file. path: of the file; None keeps nothing on disk.
     software: what compiles the kernels, in words; the file keeps times of each apart.
-
-    `enabled`: whether shapes that nothing is known of are timed; set it to False to take the estimate.
     """
 
     def __init__(self, path: Path | None, software: str = "") -> None:
         self.path = path
         self.software = software
-        self.enabled = True
         self._known: dict[tuple[Shape, Machine], Tile] = {}
         self._on_disk: dict[str, list[int]] | None = None
 
@@ -154,7 +164,7 @@ class Tuner:
         if kept is not None and tuple(kept) in {tuple(tile) for tile in ordered}:
             tile = Tile(*kept)
             tell(shape, 0, 1)  # it may have to be compiled
-        elif time is None or not self.enabled or capturing():
+        elif time is None or _untimed.get() or capturing():
             return ordered[0]  # not remembered: a later call may be free to time
         else:
             worth = _worth_timing(ordered)

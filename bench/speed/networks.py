@@ -1,4 +1,4 @@
-"""What bench/speed.py compares: one UNet with random weights in every representation, as functions of no argument.
+"""What is timed: one UNet with random weights in every representation, as functions of no argument.
 
 Everything here needs torch alone, but for the contenders that are somebody else's: they are left out, with a sentence,
 where their package is missing.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import unet
+from bench.speed import unet
 from devkit import inprocess
 from tfmq.decide.plan import decide
 from tfmq.errors import TfmqError
@@ -191,7 +191,7 @@ def _host(config: unet.Config, device: torch.device) -> Contender:
     """All Linear layers that ours quantizes in the host's own rotated int8; the rest as it was."""
     try:
         inprocess.use_host(device.type)
-        from bench.host_formats import int8_linear
+        from bench.quality.host_formats import int8_linear
     except (ImportError, FileNotFoundError) as error:
         raise Missing(f"no ComfyUI: {error}") from None
     dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
@@ -268,7 +268,7 @@ def resident(network: nn.Module) -> int:
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
     for parameter in network.parameters():
         if hasattr(parameter, "layout_cls"):  # the host's: a record of tensors
-            from bench.host_formats import tensors_in
+            from bench.quality.host_formats import tensors_in
 
             yield from tensors_in(parameter)
         else:

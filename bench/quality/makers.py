@@ -85,7 +85,7 @@ def _float16(source: Source) -> Any:
 
 def _int8(rotated: bool) -> Maker:
     def quantize(source: Source) -> Any:
-        from .host_formats import int8_model
+        from bench.quality.host_formats import int8_model
 
         return int8_model(source.model, source.linears, rotated)
 
@@ -93,7 +93,7 @@ def _int8(rotated: bool) -> Maker:
 
 
 def _w4a4(source: Source) -> Any:
-    from .host_formats import w4a4_model
+    from bench.quality.host_formats import w4a4_model
 
     model, left = w4a4_model(source.model, source.linears)
     source.notes["host_convrot_w4a4"] = {"layers": len(source.linears) - len(left), "layers_left_in_float16": len(left)}
@@ -101,7 +101,7 @@ def _w4a4(source: Source) -> Any:
 
 
 def _nf4(source: Source) -> Any:
-    from .host_formats import nf4_model
+    from bench.quality.host_formats import nf4_model
 
     model = nf4_model(source.model)
     source.notes["bitsandbytes_nf4"] = {"layers": len(model.object_patches)}

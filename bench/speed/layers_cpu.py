@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.speed_ops import SHAPES, Conv
+from bench.speed.layers_gpu import SHAPES, Conv
 from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
 from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick

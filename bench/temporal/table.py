@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.temporal_models import MODELS, build
+from bench.temporal.models import MODELS, build
 from demo import checkpoint as demo_checkpoint
 from devkit.inprocess import PACK_MODULE, load_pack
 from tfmq.temporal.curve import GRID, KNOTS, LOW_RANK, POINTS, RANKS, ROWS, fit
@@ -43,7 +43,7 @@ def without_weights(checkpoint: Path | None = None, prompts: Path | None = None)
 
 
 def _tiny(name: str) -> dict[str, Any]:
-    from bench.temporal_cache import patcher_of, sample
+    from bench.temporal.cache import patcher_of, sample
 
     load_pack()
     host, model = (import_module(f"{PACK_MODULE}.tfmq.host.{part}") for part in ("temporal.table", "model"))
@@ -68,8 +68,9 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
     """Table, file sizes, and PSNR of the pictures from the file with a table against those from the file with weights;
     beside it that of either against float32."""
     pack = load_pack()
-    from bench.quality import DEMO, Setting, calibrate, encode, finite, load, read_prompts, sample, say
-    from bench.temporal_error import adherence_of
+    from bench.quality.run import finite
+    from bench.quality.sampling import DEMO, PROMPTS, Setting, calibrate, encode, load, read_prompts, sample, say
+    from bench.temporal.error import adherence_of
     from tfmq.report import metrics
 
     swap, record, scheme, store, tables, files = (
@@ -78,7 +79,7 @@ def demo(checkpoint: Path | None, prompts: Path | None, pictures: int = PICTURES
     )
     path = checkpoint or demo_checkpoint.ensure()
     model, clip, vae = load(path)
-    texts = read_prompts(prompts or Path(__file__).resolve().parent.parent / "demo" / "prompts.txt")
+    texts = read_prompts(prompts or PROMPTS)
     wanted, rest = texts[:pictures], texts[pictures:][-CALIBRATION:] or texts
     how: dict[str, Any] = dict(DEMO)
     setting = Setting(

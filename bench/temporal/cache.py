@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from bench.temporal_models import MODELS, build
-from bench.temporal_table import without_weights
-from bench.temporal_tiny import TINY, fill
+from bench.temporal.models import MODELS, build
+from bench.temporal.table import without_weights
+from bench.temporal.tiny import TINY, fill
 from devkit.inprocess import PACK_MODULE, load_pack
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde", "ddim")
@@ -24,7 +24,7 @@ REAL = (("Qwen-Image", 50, 1), ("Flux.1-dev", 30, 1), ("SD3.5-large", 40, 2))
 
 @dataclass(frozen=True)
 class Model:
-    """supported: class of the host that wraps the network. tiny: name in `temporal_tiny.TINY`. config: what differs.
+    """supported: class of the host that wraps the network. tiny: name in `tiny.TINY`. config: what differs.
     pooled: width of the pooled text, 0 for none. latent: shape of the latents without the batch."""
 
     supported: str

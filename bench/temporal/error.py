@@ -39,9 +39,9 @@ def error(checkpoint: Path | None = None, prompts: Path | None = None, pictures:
     All 1000 timesteps. `selected` may use the bytes of `tiar_fsc_int8`; `selected_int4_bytes` those of `tiar_fsc_int4`.
     """
     inprocess.use_host()
+    from bench.quality.run import finite
+    from bench.quality.sampling import DEMO, PROMPTS, Setting, encode, load, read_prompts, sample, say
     from tfmq.report import metrics
-
-    from .quality import DEMO, Setting, encode, finite, load, read_prompts, sample, say
 
     model, clip, vae = load(checkpoint or demo_checkpoint.ensure())
     network = model.model.diffusion_model
@@ -71,7 +71,7 @@ def error(checkpoint: Path | None = None, prompts: Path | None = None, pictures:
     for name, selection in chosen.items():
         result[name] |= {"budget": selection.budget, "embedder": selection.embedder, "choices": _choices(selection)}
     if pictures:
-        texts = read_prompts(prompts or Path(__file__).resolve().parent.parent / "demo" / "prompts.txt")[:pictures]
+        texts = read_prompts(prompts or PROMPTS)[:pictures]
         encoded = [encode(clip, text) for text in texts]
         how: dict[str, Any] = dict(DEMO)
         setting = Setting(texts, encoded, encode(clip, ""), how["steps"], how["cfg"], how["size"], vae)

@@ -26,10 +26,10 @@ def run(
 ) -> dict[str, Any]:
     """The sections asked for, in the order of `PARTS`; each prints that it starts and how long it took. keep: is handed
     all that is there after each."""
-    from bench.temporal_cache import cache
-    from bench.temporal_error import error
-    from bench.temporal_ranges import ranges
-    from bench.temporal_share import share
+    from bench.temporal.cache import cache
+    from bench.temporal.error import error
+    from bench.temporal.ranges import ranges
+    from bench.temporal.share import share
 
     sections: dict[str, Callable[[], Any]] = {
         "share": share,
@@ -48,7 +48,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.temporal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, help="SD1.5 format; default: the demo's (for `error` and `ranges`)")
     parser.add_argument("--prompts", type=Path, help="one per line; default: the demo's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from bench.temporal.error import outputs_of
 from tfmq.temporal.features import temporal_graph
 from tfmq.temporal.fsc import FiniteSet, QuantizedTib, calibrated
 from tfmq.temporal.selection import select, selected_features
 from tfmq.temporal.tiar import tiar
 from tfmq.timeline import TimeAxis
-
-from .temporal_error import outputs_of
 
 AXIS = TimeAxis(0.0, 999.0)
 BITS = 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.temporal_models import build
+from bench.temporal.models import build
 
 _UNET = dict(
     image_size=32,

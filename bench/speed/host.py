@@ -1,6 +1,6 @@
 """Seconds in a real ComfyUI: pictures with and without quantization, and what calibrating and quantizing cost.
 
-The UNets of bench/unet.py with their random weights, loaded by the host, sampled by its KSampler from random
+The UNets of bench/speed/unet.py with their random weights, loaded by the host, sampled by its KSampler from random
 conditionings. Text encoder and VAE are not in it: they are the same for all.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from bench import unet
-from bench.speed_networks import OURS
+from bench.speed import unet
+from bench.speed.networks import OURS
 from devkit import inprocess
 
 PROMPTS, STEPS, CFG = 2, 10, 7.0  # of the calibration; a picture has as many steps
@@ -31,7 +31,7 @@ def end_to_end(model: str, device: torch.device) -> dict[str, Any]:
     the calibration's prompts (one is timed). Raises FileNotFoundError where there is no ComfyUI."""
     inprocess.use_host(device.type)
     pack = inprocess.load_pack().__name__
-    from bench.quality_kept import calibrations_in
+    from bench.quality.kept import calibrations_in
 
     calibrate = sys.modules[f"{pack}.tfmq.host.calibrate"]
     swap = sys.modules[f"{pack}.tfmq.host.quantize"]

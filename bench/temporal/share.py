@@ -1,6 +1,6 @@
 """How much of each real model is temporal: exact parameter counts, nothing is computed."""
 
-from bench.temporal_models import MODELS, build
+from bench.temporal.models import MODELS, build
 from tfmq.temporal.tib import find_tib
 
 

@@ -7,8 +7,6 @@ throughout; the 6-bit codes of the activations are real ones (0 .. 63), multipli
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.temporal_error import adherence_of
+from bench.temporal.error import adherence_of
 from demo import checkpoint as demo_checkpoint
 from devkit import inprocess
 from tfmq.decide.candidates import dynamic_error
@@ -60,14 +58,14 @@ def ranges(checkpoint: Path | None = None, prompts: Path | None = None, pictures
     """
     inprocess.use_host()
     pack = inprocess.load_pack()
+    from bench.quality.run import finite
+    from bench.quality.sampling import DEMO, PROMPTS, Setting, calibrate, encode, load, read_prompts, sample, say
     from tfmq.report import metrics
-
-    from .quality import DEMO, Setting, calibrate, encode, finite, load, read_prompts, sample, say
 
     # The classes of the pack as the host knows it: a second import of `tfmq` would have classes of its own.
     tdq, swap, scheme = (_module(pack, name) for name in ("decide.tdq", "host.quantize", "scheme"))
     model, clip, vae = load(checkpoint or demo_checkpoint.ensure())
-    texts = read_prompts(prompts or Path(__file__).resolve().parent.parent / "demo" / "prompts.txt")
+    texts = read_prompts(prompts or PROMPTS)
     wanted = texts[:pictures]
     rest = texts[pictures:] or wanted
     encoded = {text: encode(clip, text) for text in [*wanted, *rest[-CALIBRATION - HELD_OUT :]]}
@@ -152,7 +150,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
     """Statistics of other prompts, on the balance vectors and histogram bins of the calibration."""
     from comfy.patcher_extension import WrappersMP
 
-    from .quality import CALIBRATION_SEED, empty_latent
+    from bench.quality.sampling import CALIBRATION_SEED, empty_latent
 
     calibrating, network, observe, timeline, clocks = (
         _module(pack, name) for name in ("host.calibrate", "host.network", "observe.model", "timeline", "host.call")
@@ -218,7 +216,3 @@ def weighted(statistics: LayerStatistics, weights: Tensor) -> LayerStatistics:
     counts = counts / counts.sum(1, keepdim=True).clamp_min(1) * weights.double().unsqueeze(1)
     counts = counts / counts[counts > 0].min().clamp_min(1e-9) if bool((counts > 0).any()) else counts
     return replace(statistics, histogram=counts)
-
-
-if __name__ == "__main__":
-    json.dump(ranges(), sys.stdout, indent=1)
