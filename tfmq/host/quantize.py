@@ -29,7 +29,6 @@ from ..rounding.reconstruct import Result
 from ..runtime.leaf import LeafCore
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
 from ..solve.layer import solve_layer
-from ..state import LayerState
 from ..temporal.tib import boundary_layers
 from ..timeline import Clock
 from . import bits, first_run
@@ -162,7 +161,7 @@ def quantize(
             if path in moved:
                 bias = bias.float() + moved[path].to(bias.device)
             bias = bias.to(offload, weight_of(module).dtype)
-        leaf = make_leaf(module, state_to(state, offload), geometries[path], clock, bias, weight_of(module).dtype)
+        leaf = make_leaf(module, state.to(offload), geometries[path], clock, bias, weight_of(module).dtype)
         clone.add_object_patch(key, leaf)
         for name in (f"{key}.weight", f"{key}.bias"):
             clone.patches.pop(name, None)  # merged above; the host must not add them a second time
@@ -287,12 +286,6 @@ def _give_own_leaves(clone: ModelPatcher) -> None:
             if leaf not in own:
                 own[leaf] = copy.deepcopy(leaf)
             clone.object_patches[key] = own[leaf]
-
-
-def state_to(state: LayerState, device: Any) -> LayerState:
-    """The state with all its tensors on `device`."""
-    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)}
-    return replace(state, **tensors)
 
 
 def backends_of(
