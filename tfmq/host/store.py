@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..errors import TfmqError
-from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
+from ..files import MANIFEST, MODEL, PAIRS, read_manifest, read_tensors, smallest_exact, write
 from ..geometry import Geometry, geometry_of
 from ..scheme import INT, Plan, Scheme
 from ..state import TENSORS, LayerState
@@ -90,7 +90,7 @@ def save(
     # The markers of v-prediction and its kin stand beside the network's own keys.
     known = patcher.model.state_dict_for_saving({})
     tensors |= {key: value for key, value in known.items() if isinstance(value, Tensor)}
-    manifest = {
+    manifest: dict[str, Any] = {
         "kind": MODEL,
         "plan": quantized.plan.to_json(),
         "kinds": quantized.kinds,
@@ -104,6 +104,8 @@ def save(
         "deaf": list(quantized.deaf),
         "config": _from_header(patcher),
     }
+    if any(about["bits"] == 4 for about in temporal.values()):
+        manifest["version"] = PAIRS
     if table is not None:
         manifest[temporal_table.MANIFEST] = table.manifest()
     write(path, tensors, manifest)
@@ -162,7 +164,10 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         }
         before, after = manifest["bytes"]
         deaf = tuple(str(name) for name in manifest.get("deaf", ()))
-        temporal = {layer: from_file(layer, about, tensors) for layer, about in manifest.get("temporal", {}).items()}
+        version = int(manifest["version"])
+        temporal = {
+            layer: from_file(layer, about, tensors, version) for layer, about in manifest.get("temporal", {}).items()
+        }
         for layer in temporal:
             tensors.pop(f"{layer}.comfy_quant", None)
     except (KeyError, TypeError, ValueError) as error:
