@@ -22,7 +22,9 @@ from .observe.statistics import LayerStatistics
 from .timeline import Partition, TimeAxis
 
 MANIFEST = "tfmq"
-VERSION = 3
+VERSION = 3  # of a file whose writer names no other
+PAIRS = 4  # of a model with temporal layers in 4 bits; before, these had another order of codes (`temporal.packing`)
+NEWEST = PAIRS  # that is read
 OPTIONAL = ("balance", "mean_square", "permutations", "weight_error", "rows")  # tensors that not every layer has
 ROTATED = "rotated_"  # before the names of a layer's tensors that are about its rotated input
 SAMPLES = "tfmq:samples:"  # before the names of a calibration's samples; no layer is called so
@@ -31,6 +33,8 @@ CALIBRATION, MODEL = "calibration", "model"
 
 def write(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
     """Write tensors and manifest; `path` holds the old file or the whole new one at any time.
+
+    A manifest may have a `version` of its own, which older packs must know to read the file.
 
     Raises TfmqError where the disk is full or the folder cannot be written.
     """
@@ -75,9 +79,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         version, found = int(manifest["version"]), str(manifest["kind"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise TfmqError(f"The TFMQ manifest in {path.name} cannot be read: get or make the file again.") from error
-    if version > VERSION:
+    if version > NEWEST:
         raise TfmqError(
-            f"{path.name} was written by a newer TFMQ (format {version}, this one reads up to {VERSION}): update the "
+            f"{path.name} was written by a newer TFMQ (format {version}, this one reads up to {NEWEST}): update the "
             "node pack."
         )
     if found != kind:

@@ -305,7 +305,7 @@ def test_a_damaged_model_file(saved, damage, text):
 
 def test_a_file_of_a_newer_version(saved):
     path = saved.with_name("newer.safetensors")
-    with_manifest(saved, path, version=files.VERSION + 1)
+    with_manifest(saved, path, version=files.NEWEST + 1)
     refused(
         "newer.safetensors was written by a newer TFMQ.*update the node pack",
         patchers.nodes.Load.execute,

@@ -1,5 +1,6 @@
 """TFMQ Save and TFMQ Load: the same pictures from the file, and a stock host that stops at it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import comfy.sd  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
 store = patchers.module("tfmq.host.store")
+layout = patchers.module("tfmq.host.leaf.layout")
 swap = patchers.module("tfmq.host.quantize")
 summary = patchers.module("tfmq.host.summary")
 pytestmark = pytest.mark.usefixtures("folder")
@@ -48,6 +50,27 @@ def test_the_file_gives_the_same_picture(quantized, saved):
     assert text == summary.text(quantized.attachments["tfmq"])
     again = load(saved)[0]
     assert torch.equal(patchers.sample(again), patchers.sample(loaded))
+
+
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A8"])
+def test_a_leaf_gives_back_what_it_was_made_of(base, calibration, recipe, monkeypatch):
+    made, make = [], swap.make_leaf
+
+    def spy(module, state, *rest):
+        if len(made) % 2:  # the tiny model needs none
+            state = dataclasses.replace(state, balance=torch.rand(state.shape[1]) + 0.5)
+        made.append((state, make(module, state, *rest)))
+        return made[-1][1]
+
+    monkeypatch.setattr(swap, "make_leaf", spy)
+    patchers.quantize(base, calibration, recipe)
+    assert {state.balance is None for state, _ in made} == {True, False}
+    for state, leaf in made:
+        found = layout.state_of(leaf)
+        assert (found.kind, found.scheme, found.shape) == (state.kind, state.scheme, state.shape)
+        parts, wanted = found.tensors(), state.tensors()
+        assert parts.keys() == wanted.keys()
+        assert all(torch.equal(parts[name], tensor) for name, tensor in wanted.items())
 
 
 def test_the_loaded_model_is_as_small_as_the_file(quantized, saved):

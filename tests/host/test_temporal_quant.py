@@ -17,6 +17,7 @@ import comfy.hooks  # isort: skip
 import comfy.model_management  # isort: skip
 from comfy.quant_ops import QuantizedTensor  # isort: skip
 
+files = patchers.module("tfmq.files")
 leaf_module = patchers.module("tfmq.host.temporal.leaf")
 temporal_quant = patchers.module("tfmq.host.temporal.quantize")
 features = patchers.module("tfmq.temporal.features")
@@ -194,6 +195,27 @@ def test_the_file_gives_the_same_picture(made, mode):
     assert path.stat().st_size < loaded.model_size() * 1.1
     again, _ = save_and_load(loaded, "again")
     assert torch.equal(patchers.sample(again), patchers.sample(quantized))
+
+
+def test_a_file_with_the_old_order_of_4_bit_codes(made):
+    """Those of version 3 and before: the first half of the columns in the low halves of the bytes."""
+    quantized = made[INT4]
+    _, path = save_and_load(quantized, "pairs")
+    manifest, tensors = files.read_manifest(path, files.MODEL), files.read_tensors(path)
+    assert manifest["version"] == files.PAIRS
+    for layer, about in manifest["temporal"].items():
+        codes = leaf_module.unpack(tensors[f"{layer}.weight"], 4, about["shape"][1]).view(torch.uint8)
+        low, high = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).chunk(2, dim=1)
+        tensors[f"{layer}.weight"] = low | (high << 4)
+    files.write(path, tensors, manifest | {"version": 3})
+    with torch.inference_mode():
+        loaded = patchers.nodes.Load.execute(f"tfmq/{path.name}").args[0]
+    leaves = temporal_leaves(loaded)
+    for layer, leaf in temporal_leaves(quantized).items():
+        assert torch.equal(leaves[layer].state.codes, leaf.state.codes)
+    assert torch.equal(patchers.sample(loaded), patchers.sample(quantized))
+    _, other = save_and_load(made[INT8], "eight")
+    assert files.read_manifest(other, files.MODEL)["version"] == files.VERSION
 
 
 def test_a_lora_behind_it_is_added_in_float(made):

@@ -18,6 +18,7 @@ from tfmq.files import (
     CALIBRATION,
     MANIFEST,
     MODEL,
+    NEWEST,
     VERSION,
     read_calibration,
     read_manifest,
@@ -112,6 +113,8 @@ def test_tensors_come_back(tmp_path: Path, about: dict[str, tuple[torch.dtype, i
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors.items())
     assert read_manifest(path, MODEL) == {"version": VERSION, "kind": MODEL, "note": "ü\n"}
+    write(path, tensors, {"kind": MODEL, "version": NEWEST})
+    assert read_manifest(path, MODEL)["version"] == NEWEST
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -257,11 +260,11 @@ def test_a_foreign_file(tmp_path: Path, header: dict[str, str] | None) -> None:
 
 def test_a_newer_file(tmp_path: Path) -> None:
     path = tmp_path / "new.safetensors"
-    save_file({}, path, metadata={MANIFEST: json.dumps({"version": VERSION + 1, "kind": MODEL})})
+    save_file({}, path, metadata={MANIFEST: json.dumps({"version": NEWEST + 1, "kind": MODEL})})
     with pytest.raises(TfmqError) as error:
         read_manifest(path, MODEL)
     text = sentence(error, path)
-    assert "newer" in text and str(VERSION + 1) in text and "update" in text
+    assert "newer" in text and str(NEWEST + 1) in text and "update" in text
 
 
 def test_the_wrong_kind(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from tfmq.temporal.packing import SHIFT, pack, signed_zero_point, unpack
+from tfmq.temporal.packing import SHIFT, from_halves, pack, signed_zero_point, unpack
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,8 +30,16 @@ def test_the_distance_to_the_zero_point_is_kept(code: int, zero: int, bits: int)
     assert int(stored.int() - moved.int()) == code - zero
 
 
-def test_the_first_half_of_the_columns_is_in_the_low_halves():
-    assert pack(torch.tensor([[1, 2, 15]], dtype=torch.uint8), 4).tolist() == [[0xF1, 0x02]]
+def test_neighbours_share_a_byte():
+    assert pack(torch.tensor([[1, 2, 15]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 33), st.integers(0, 2**31))
+def test_codes_of_old_files_are_put_in_order(rows: int, columns: int, seed: int):
+    codes = torch.randint(0, 16, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    low, high = F.pad(codes, (0, columns % 2)).chunk(2, dim=1)
+    assert torch.equal(from_halves(low | (high << 4)), pack(codes, 4))
 
 
 def test_what_does_not_fit_is_refused():

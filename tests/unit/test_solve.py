@@ -66,7 +66,7 @@ def test_codes_found_elsewhere_are_taken() -> None:
     codes = torch.randint(0, 16, (5, 64), dtype=torch.uint8)
     table = torch.rand(4), torch.arange(4, dtype=torch.int32)
     state = solve_layer(
-        Scheme(weight_bits=4, group=32), statistics(weight), weight, "mse", rounded=Rounded(codes, found, *table)
+        Scheme(weight_bits=4, group=32), statistics(weight), weight, "mse", rounded=Rounded(codes, *found, *table)
     )
     assert state.packed is not None and torch.equal(state.packed.dequantize(), values(codes, found))
     assert state.act_scale is table[0] and state.act_zero_point is table[1]

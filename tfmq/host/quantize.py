@@ -167,7 +167,7 @@ def _put(
     if bias is not None:
         bias = bias if moved is None else bias.float() + moved.to(bias.device)
         bias = bias.to(clone.offload_device, weight.dtype)
-    state = state_to(state, clone.offload_device)
+    state = state.to(clone.offload_device)
     _replace(clone, path, make_leaf(layer, state, network.geometries[path], clock, bias, weight.dtype))
     return weight.nbytes - state.nbytes
 
@@ -194,9 +194,3 @@ def _replace(clone: ModelPatcher, path: str, leaf: nn.Module) -> None:
     clone.add_object_patch(PREFIX + path, leaf)
     for name in ("weight", "bias"):
         clone.patches.pop(f"{PREFIX}{path}.{name}", None)
-
-
-def state_to(state: LayerState, device: Any) -> LayerState:
-    """The state with all its tensors on `device`."""
-    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)}
-    return replace(state, **tensors)

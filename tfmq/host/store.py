@@ -22,19 +22,17 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..errors import TfmqError
-from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
+from ..files import MANIFEST, MODEL, PAIRS, read_manifest, read_tensors, smallest_exact, write
 from ..geometry import Geometry, geometry_of
-from ..runtime.packed_codes import plain
-from ..scheme import INT, Plan
-from ..state import LayerState
+from ..scheme import INT, Plan, Scheme
+from ..state import TENSORS, LayerState
 from ..temporal import table as saved_table
 from ..timeline import Clock, Partition, TimeAxis
 from .leaf import nf4
-from .leaf.layout import codes_of
+from .leaf.layout import state_of
 from .leaf.leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
 from .quantized import Quantized, attach, backends_of, require_quantized
@@ -42,10 +40,9 @@ from .temporal import table as temporal_table
 from .temporal.leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
 FOLDER = "diffusion_models"
-PARTS = (
-    "weight_scale", "weight_factor", "weight_zero", "weight_balance", "tfmq_act_scale", "tfmq_act_zero_point",
-    "weight_permutations",
-)  # fmt: skip
+NAMES = {name: f"weight_{name}" for name in TENSORS} | {
+    "codes": "weight", "act_scale": "tfmq_act_scale", "act_zero_point": "tfmq_act_zero_point",
+}  # fmt: skip
 
 
 def save(
@@ -94,7 +91,7 @@ def save(
     # The markers of v-prediction and its kin stand beside the network's own keys.
     known = patcher.model.state_dict_for_saving({})
     tensors |= {key: value for key, value in known.items() if isinstance(value, Tensor)}
-    manifest = {
+    manifest: dict[str, Any] = {
         "kind": MODEL,
         "plan": quantized.plan.to_json(),
         "kinds": quantized.kinds,
@@ -108,6 +105,8 @@ def save(
         "deaf": list(quantized.deaf),
         "config": _from_header(patcher),
     }
+    if any(about["bits"] == 4 for about in temporal.values()):
+        manifest["version"] = PAIRS
     if table is not None:
         manifest[saved_table.MANIFEST] = table.manifest()
     write(path, tensors, manifest)
@@ -134,28 +133,13 @@ def _leaf(patcher: ModelPatcher, layer: str) -> Any:
 
 
 def _layer_tensors(path: str, leaf: Any) -> dict[str, Tensor]:
-    weight = leaf.weight
-    assert isinstance(weight, QuantizedTensor)
-    found = {
-        "weight": _codes(leaf, plain(weight._qdata)),
-        "weight_factor": getattr(weight._params, "factor", None),
-        "weight_zero": getattr(weight._params, "zero", None),
-        "weight_scale": weight._params.scale,
-        "weight_balance": None if leaf.inverse_balance is None else weight._params.balance,
-        "weight_permutations": leaf.permutations,
-        "tfmq_act_scale": leaf.act_scale,
-        "tfmq_act_zero_point": leaf.act_zero_point,
-        "bias": None if leaf.bias is None else smallest_exact(leaf.bias.detach()),
-    }
+    found = {NAMES[name]: tensor for name, tensor in state_of(leaf).tensors().items()}
+    if leaf.bias is not None:
+        found["bias"] = smallest_exact(leaf.bias.detach())
     if not leaf.geometry.is_conv:
         form = leaf.scheme.weight_format
         found["comfy_quant"] = _marker(f"int{leaf.scheme.weight_bits}" if form == INT else form)
-    return {f"{path}.{name}": value for name, value in found.items() if value is not None}
-
-
-def _codes(leaf: Any, qdata: Tensor) -> Tensor:
-    """As they lie in a file, in 8 bits [N, K, ...]."""
-    return codes_of(qdata).contiguous() if leaf.scheme.weight_bits == 8 else qdata
+    return {f"{path}.{name}": value for name, value in found.items()}
 
 
 def _marker(form: str) -> Tensor:
@@ -175,19 +159,16 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
         clock = Clock(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
-        parts = {
-            layer: {name: tensors.pop(f"{layer}.{name}", None) for name in (*PARTS, "comfy_quant")}
-            for layer in plan.layers
+        states = {
+            layer: _state(file, layer, kinds[layer], scheme, manifest.get("shapes", {}).get(layer), tensors)
+            for layer, scheme in plan.layers.items()
         }
-        codes = {layer: tensors[f"{layer}.weight"] for layer in plan.layers}
-        shapes = {layer: tuple(int(n) for n in shape) for layer, shape in manifest.get("shapes", {}).items()}
-        for layer, scheme in plan.layers.items():
-            shape = shapes.setdefault(layer, tuple(codes[layer].shape))
-            if scheme.weight_bits != 8:  # the host tells a model by the shapes of its weights; these are packed
-                tensors[f"{layer}.weight"] = torch.zeros((), dtype=torch.int8).expand(shape)
         before, after = manifest["bytes"]
         deaf = tuple(str(name) for name in manifest.get("deaf", ()))
-        temporal = {layer: from_file(layer, about, tensors) for layer, about in manifest.get("temporal", {}).items()}
+        version = int(manifest["version"])
+        temporal = {
+            layer: from_file(layer, about, tensors, version) for layer, about in manifest.get("temporal", {}).items()
+        }
         for layer in temporal:
             tensors.pop(f"{layer}.comfy_quant", None)
     except (KeyError, TypeError, ValueError) as error:
@@ -203,20 +184,11 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     patcher = _build(file, tensors | stands_for, layers, header, disable_dynamic)
     network = patcher.model.diffusion_model
     geometries: dict[str, Geometry] = {}
-    for layer, scheme in plan.layers.items():
+    for layer, state in states.items():
         module = network.get_submodule(layer)
         geometry = geometry_of(module)
         assert isinstance(geometry, Geometry)
         geometries[layer] = geometry
-        part = parts[layer]
-        scale = part["weight_scale"]
-        if scale is None:
-            raise TfmqError(f"{file.name} lacks the scale of layer {layer}: get or make the file again.")
-        state = LayerState(
-            kinds[layer], scheme, shapes[layer], codes[layer], scale, part["weight_balance"],
-            part["tfmq_act_scale"], part["tfmq_act_zero_point"], part["weight_factor"], part["weight_zero"],
-            part["weight_permutations"],
-        )  # fmt: skip
         bias = tensors.get(f"{layer}.bias")
         if bias is not None:
             bias = bias.to(module.weight.dtype)
@@ -240,6 +212,23 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     attach(patcher, quantized, comfy.model_management.module_size(patcher.model) + table_bytes)
     patcher.cached_patcher_init = (load, (path,))
     return patcher
+
+
+def _state(
+    file: Path, layer: str, kind: str, scheme: Scheme, shape: list[int] | None, tensors: dict[str, Tensor]
+) -> LayerState:
+    """Takes a layer out of the tensors of a file. What is left of a packed weight is its shape: the host tells a model
+    by that."""
+    codes = tensors[f"{layer}.weight"]
+    whole = tuple(int(n) for n in shape or codes.shape)
+    found = {name: tensors.pop(f"{layer}.{key}", None) for name, key in NAMES.items()}
+    tensors.pop(f"{layer}.comfy_quant", None)
+    tensors[f"{layer}.weight"] = codes if scheme.weight_bits == 8 else torch.zeros((), dtype=torch.int8).expand(whole)
+    try:
+        return LayerState.from_tensors(kind, scheme, whole, found)
+    except KeyError as error:
+        name = error.args[0]
+        raise TfmqError(f"{file.name} lacks the {name} of layer {layer}: get or make the file again.") from None
 
 
 def _build(

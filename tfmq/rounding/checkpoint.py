@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import files
 from ..errors import TfmqError
-from ..formats.int4 import Grid
 from ..state import Rounded
 from .units import Unit
 
@@ -22,13 +21,8 @@ def write_unit(folder: Path, unit: Unit, layers: dict[str, Rounded], losses: Los
     tensors: dict[str, Tensor] = {}
     about = {}
     for path, rounded in layers.items():
-        grid = rounded.grid
-        parts = {
-            "codes": rounded.codes, "scale": grid.scale, "factor": grid.factor, "zero": grid.zero,
-            "act_scale": rounded.act_scale, "act_zero_point": rounded.act_zero_point,
-        }  # fmt: skip
-        tensors |= {f"{path}:{name}": value for name, value in parts.items() if value is not None}
-        about[path] = {"group": grid.group, "note": rounded.note}
+        tensors |= {f"{path}:{name}": value for name, value in rounded.tensors().items()}
+        about[path] = {"group": rounded.group, "note": rounded.note}
     files.write(_file(folder, unit), tensors, {"kind": KIND, "unit": unit.path, "layers": about, "losses": losses})
 
 
@@ -44,11 +38,8 @@ def read_unit(folder: Path, unit: Unit) -> tuple[dict[str, Rounded], Losses | No
             return None
         found = {}
         for layer, one in about["layers"].items():
-            scale, factor, zero, codes = (tensors[f"{layer}:{part}"] for part in ("scale", "factor", "zero", "codes"))
-            found[layer] = Rounded(
-                codes, Grid(scale, factor, zero, int(one["group"])), tensors.get(f"{layer}:act_scale"),
-                tensors.get(f"{layer}:act_zero_point"), str(one["note"]),
-            )  # fmt: skip
+            own = {key.removeprefix(f"{layer}:"): v for key, v in tensors.items() if key.startswith(f"{layer}:")}
+            found[layer] = Rounded.from_tensors(int(one["group"]), str(one["note"]), own)
         losses = about["losses"]
         return found, None if losses is None else (float(losses[0]), float(losses[1]))
     except (TfmqError, KeyError, TypeError, ValueError):

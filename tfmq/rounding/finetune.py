@@ -391,7 +391,7 @@ class _Work:
                 assert zero is not None
                 changed |= {"act_scale": one.value(one.leaf).cpu(), "act_zero_point": zero.cpu()}
             gain = self.variables[path, "gain"].leaf.exp().cpu()
-            changed["grid"] = rounded.grid._replace(scale=rounded.grid.scale * gain)
+            changed["scale"] = rounded.scale * gain
             found[path] = replace(rounded, **changed)
         for (path, name), one in self.variables.items():
             if name == "bias":

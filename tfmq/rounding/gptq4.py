@@ -1,8 +1,4 @@
-"""Error feedback: round a weight column by column, each column's error made up for by those that are still free.
-
-GPTQ (2210.17323, section 3): with H = X^T X of the layer's inputs, the columns that are left minimise || X dW^T ||^2
-after each rounding; the updates come from the upper Cholesky factor of H^-1. The grid is fixed beforehand, so the
-columns can be taken in any order: those with the most energy come first, when the most others are left to help.
+"""Error feedback for 4 bits: the walk of `formats.gptq` on the inputs that a layer gets from the quantized ones before.
 
 Where the float network's input F is known beside the quantized one X, the weight is first moved to where it makes up
 for what came before it: the minimum of || X w'^T - F w^T ||^2, by ridge regression around w (as TFMQ's own TIAR does).
@@ -15,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats import int4
+from ..formats.gptq import factors, places
 from ..formats.int4 import Grid
 
 LIMIT = 4096  # columns of one matrix; a wider weight is taken in blocks that do not know of each other
 # Shares of the mean diagonal of H: the first that can be factorized is taken.
 DAMPINGS = (1e-2, 1e-1, 1.0)
 PULL_DAMPING = 0.1
-BLOCK = 64
 
 
 class Gram:
@@ -123,27 +119,7 @@ def feedback(columns: Tensor, grid: Grid, gram: Gram) -> tuple[Tensor, Tensor]:
 
 def _walk(columns: Tensor, step: Tensor, zero: Tensor, hessian: Tensor) -> Tensor:
     order = hessian.diagonal().argsort(descending=True)
-    upper = _factor(hessian[order][:, order])
-    # One contiguous row per input column.
-    w, size, offset = (part[:, order].t().contiguous() for part in (columns, step, zero))
-    place = torch.empty_like(w)
-    for start in range(0, w.shape[0], BLOCK):
-        end = min(start + BLOCK, w.shape[0])
-        part, errors = w[start:end], torch.empty_like(w[start:end])
-        factor = upper[start:end, start:end]
-        scaled = (factor / factor.diagonal().unsqueeze(1)).contiguous()
-        for i in range(end - start):
-            at = torch.addcdiv(offset[start + i], part[i], size[start + i], out=place[start + i])
-            at.clamp_(0, int4.TOP)
-            rounded = at.round().sub_(offset[start + i]).mul_(size[start + i])
-            torch.sub(part[i], rounded, out=errors[i])
-            if i + 1 < end - start:
-                part[i + 1 :].addr_(scaled[i, i + 1 :], errors[i], alpha=-1)
-        errors /= factor.diagonal().unsqueeze(1)
-        w[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-    out = torch.empty_like(place)
-    out[order] = place
-    return out.t()
+    return places(columns, step, zero, int4.TOP, order, _factor(hessian[order][:, order]))
 
 
 def _factor(hessian: Tensor) -> Tensor:
@@ -152,10 +128,7 @@ def _factor(hessian: Tensor) -> Tensor:
     for damping in DAMPINGS:
         damped = hessian / mean
         damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
-            return upper
+        found = factors(damped)
+        if found is not None:
+            return found[1]
     return torch.eye(hessian.shape[0], device=hessian.device)  # no feedback

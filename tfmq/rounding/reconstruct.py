@@ -546,7 +546,7 @@ class _Work:
         scale = zero = None
         if layer.ranges_tuned and layer.act_scale is not None and layer.act_zero_point is not None:
             scale, zero = layer.act_scale.cpu(), layer.act_zero_point.cpu()
-        self.rounded[path] = Rounded(layer.codes, layer.grid, scale, zero, note)
+        self.rounded[path] = Rounded(layer.codes, *layer.grid, scale, zero, note)
 
     def _done(self, path: str, unit: str) -> None:
         if self._finished(unit):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats.affine import INT8_MAX, channel_scale, quantize_weight
+from ..formats.gptq import walk
 
 DAMPING = 0.1  # d over the mean of the diagonal of X^T X: the columns' directions that the sample does not show
 GROUP = 8
@@ -46,15 +47,15 @@ def compensated(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     x = rows.t()[order].contiguous()
     pull = _pull(x).float().to(weight.device)
     x, order = x.float().to(weight.device), order.to(weight.device)
-    columns = weight.detach().flatten(1).t().contiguous().index_select(0, order).float().div_(scale)
-    made = torch.zeros(x.shape[1], columns.shape[1], device=weight.device)  # u, for every output channel
-    for here, own, of in zip(columns.split(GROUP), x.split(GROUP), pull.split(GROUP), strict=True):
-        codes = torch.addmm(here, of, made, alpha=-1).round_().clamp_(-INT8_MAX, INT8_MAX)
-        made.addmm_(own.t(), codes - here)
-        here.copy_(codes)
-    found = torch.empty(columns.shape, dtype=torch.int8, device=weight.device)
-    found.index_copy_(0, order, columns.to(torch.int8))
-    return found.t().contiguous().reshape(weight.shape)
+    made = torch.zeros(x.shape[1], weight.shape[0], device=weight.device)  # u, for every output channel
+
+    def make(at: slice, w: Tensor) -> None:
+        codes = torch.addmm(w[at], pull[at], made, alpha=-1).round_().clamp_(-INT8_MAX, INT8_MAX)
+        made.addmm_(x[at].t(), codes - w[at])
+        w[at] = codes
+
+    columns = weight.detach().flatten(1).float() / scale.unsqueeze(1)
+    return walk(columns, order, GROUP, make).to(torch.int8).contiguous().reshape(weight.shape)
 
 
 def _pull(x: Tensor) -> Tensor:

@@ -56,11 +56,10 @@ def solve_layer(
     if rounded is None:
         columns = to_columns(balanced)
         found = search_grid(columns, scheme.group)
-        rounded = Rounded(nearest(columns, found), found)
-    at = rounded.grid
+        rounded = Rounded(nearest(columns, found), *found)
     return LayerState(
-        statistics.kind, scheme, shape, pack(rounded.codes).to(device), at.scale.to(device), balance,
-        act_scale, act_zero_point, at.factor.to(device), at.zero.to(device), permutations,
+        statistics.kind, scheme, shape, pack(rounded.codes).to(device), rounded.scale.to(device), balance,
+        act_scale, act_zero_point, rounded.factor.to(device), rounded.zero.to(device), permutations,
     )  # fmt: skip
 
 

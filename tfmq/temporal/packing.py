@@ -1,12 +1,16 @@
-"""Weight codes of 8 or 4 bits as bytes: two 4-bit codes share one.
+"""Weight codes of 8 or 4 bits as bytes; at 4, two share one in the order of `formats.int4`.
 
-The low halves hold the first half of the columns and the high halves the second, so that unpacking moves whole rows.
+Model files before version `files.PAIRS` hold the first half of the columns in the low halves of the bytes and the
+second in the high ones; `from_halves` puts them in order.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats import int4
 
 SHIFT = 128  # between the unsigned 8-bit codes of a grid and the signed ones that integer products take
 
@@ -19,12 +23,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return (codes.to(torch.int16) - SHIFT).to(torch.int8)
     _require_4(bits)
-    if codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"a 4-bit code is at most 15, got {int(codes.max())}")
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    low, high = codes.chunk(2, dim=1)
-    return low | (high << 4)
+    return int4.pack(F.pad(codes, (0, codes.shape[1] % 2)))
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -32,7 +31,12 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return packed
     _require_4(bits)
-    return torch.cat([packed & 15, packed >> 4], dim=1)[:, :columns].view(torch.int8)
+    return int4.unpack(packed)[:, :columns].view(torch.int8)
+
+
+def from_halves(packed: Tensor) -> Tensor:
+    """Packed codes uint8 [N, ceil(K / 2)] of an old file -> as `pack` makes them."""
+    return int4.pack(torch.cat([packed & 15, packed >> 4], dim=1))
 
 
 def signed_zero_point(zero_point: Tensor, bits: int) -> Tensor:

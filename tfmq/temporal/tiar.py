@@ -7,8 +7,8 @@ Two stages:
 
 1. Error feedback. Layer by layer, in the order of the graph, on the activations that the quantized layers before it
    really give: the weight is first moved to where it undoes their error, then rounded column by column, each column's
-   rounding error being made up for by the columns that are still free (GPTQ, 2210.17323, section 3, with the finite set
-   as its calibration data). Closed form, seconds.
+   rounding error being made up for by the columns that are still free (`tfmq.formats.gptq`, with the finite set as its
+   calibration data). Closed form, seconds.
 2. Joint AdaRound. All layers together by gradient: w = scale * (floor + h(alpha) - zero point), h(alpha) = clip(1.2
    sigmoid(alpha) - 0.1, 0, 1), loss + 0.01 sum(1 - |2 h - 1|^beta), beta from 20 to 2 after a warm-up of a fifth
    (AdaRound, 2004.10568, eq. 21 to 24; the weights of TFMQ-DM's implementation). TFMQ-DM takes 20 000 steps of 8 to 32
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..formats.gptq import factors, places
 from .features import TemporalGraph
 from .fsc import (
     FiniteSet,
@@ -41,7 +42,6 @@ from .fsc import (
 # Shares of the mean diagonal of X^T X that keep the free columns from running away. Less fits better until the moved
 # weights outgrow the grid; so they are tried in this order, layer by layer, for as long as the measured error falls.
 DAMPINGS = (1e-2, 1e-4, 1e-5)
-BLOCK = 64
 STEPS, BATCH, RATE = 0, 128, 1e-2
 REGULARIZER, WARM_UP, BETA = 0.01, 0.2, (20.0, 2.0)
 START = 0.9  # h of an entry that stage 1 rounded up; 1 - START of one that it rounded down
@@ -137,9 +137,8 @@ def _error_feedback(
         best, (codes, place, y) = float("inf"), (None, None, target)
         _, scale, zero = grids[path]
         for damping in DAMPINGS:
-            try:
-                trial = systems[key].solve(layer.weight, target, scale, zero, bits, damping)
-            except torch.linalg.LinAlgError:  # too little damping for this input
+            trial = systems[key].solve(layer.weight, target, scale, zero, bits, damping)
+            if trial is None:
                 break
             error = float((trial[2] - target).double().square().sum())
             if not error < best:
@@ -163,48 +162,27 @@ class _System:
         # Columns with the most energy first: they cost most when nothing is left to make up for them.
         self.order = self.gram.diagonal().argsort(descending=True)
         self.gram = self.gram[self.order][:, self.order]
-        self.factors: dict[float, tuple[Tensor, Tensor]] = {}
+        self.factors: dict[float, tuple[Tensor, Tensor] | None] = {}
 
     def solve(
         self, weight: Tensor, target: Tensor, scale: Tensor, zero: Tensor, bits: int, damping: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """weight [N, K] -> codes uint8 [N, K], what they were rounded from, and the output that they give [T, N]."""
-        codes, place = self._round(self._moved(weight, target, damping), scale, zero, bits, damping)
-        return codes, place, self.x @ ((codes.float() - zero.unsqueeze(1)) * scale.unsqueeze(1)).t()
-
-    def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Inverse of the damped normal matrix and the upper factor of that, float32, factorized in float64."""
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """weight [N, K] -> codes uint8 [N, K], what they were rounded from, and the output that they give [T, N]; None
+        where the damping is too little for this input."""
         if damping not in self.factors:
             ridge = damping * self.gram.diagonal().mean().clamp_min(1e-12)
-            damped = self.gram + ridge * torch.eye(self.gram.shape[0]).to(self.gram)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            self.factors[damping] = inverse.float(), torch.linalg.cholesky(inverse, upper=True).float()
-        return self.factors[damping]
-
-    def _moved(self, weight: Tensor, target: Tensor, damping: float) -> Tensor:
-        """The float weight [N, K] near `weight` with the least || x w^T - target ||^2 (ridge regression)."""
-        rest = (target - self.x @ weight.t()).t() @ self.x
-        out = weight.clone()
-        out[:, self.order] += rest[:, self.order] @ self._factor(damping)[0]
-        return out
-
-    def _round(self, weight: Tensor, scale: Tensor, zero: Tensor, bits: int, damping: float) -> tuple[Tensor, Tensor]:
-        w = weight[:, self.order].t().contiguous()  # one contiguous row per input column
-        place, upper = torch.empty_like(w), self._factor(damping)[1]
-        offset, top = zero.float(), 2**bits - 1
-        for start in range(0, w.shape[0], BLOCK):
-            end = min(start + BLOCK, w.shape[0])
-            part, errors = w[start:end], torch.empty_like(w[start:end])
-            factor = upper[start:end, start:end]
-            for i in range(end - start):
-                place[start + i] = (part[i] / scale).add_(offset).clamp_(0, top)
-                rounded = (place[start + i].round() - offset) * scale
-                errors[i] = (part[i] - rounded) / factor[i, i]
-                part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-            w[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-        place[self.order] = place.clone()
-        place = place.t().contiguous()
-        return place.round().to(torch.uint8), place
+            pair = factors(self.gram + ridge * torch.eye(self.gram.shape[0]).to(self.gram))
+            self.factors[damping] = None if pair is None else (pair[0].float(), pair[1].float())
+        found = self.factors[damping]
+        if found is None:
+            return None
+        inverse, upper = found
+        # The float weight near it with the least || x w^T - target ||^2 (ridge regression).
+        moved, rest = weight.clone(), (target - self.x @ weight.t()).t() @ self.x
+        moved[:, self.order] += rest[:, self.order] @ inverse
+        place = places(moved, scale.unsqueeze(1), zero.float().unsqueeze(1), 2**bits - 1, self.order, upper)
+        codes = place.round().to(torch.uint8)
+        return codes, place, self.x @ ((codes.float() - zero.unsqueeze(1)) * scale.unsqueeze(1)).t()
 
 
 def _fake_activation(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,28 +15,47 @@ from ...formats.hadamard import rotate, unrotate
 from ...formats.int4 import Grid, Packed, nearest, pack, to_columns
 from ...runtime.packed_codes import PackedCodes, plain
 from ...scheme import INT
-from ...state import LayerState
+from ...state import TABLES, LayerState
 from . import nf4
 
 NAME, NAME_4 = "TFMQInt8Layout", "TFMQInt4Layout"
 
 
-class Int8Layout(QuantizedLayout):
-    """int8 codes, [N, K] or in the order of `stored`, a float32 scale per output channel, a balance factor per input
-    channel."""
+class _Layout(QuantizedLayout):
+    """What both widths of codes have in common."""
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class Params(BaseLayoutParams):
-        """scale: float32 [N]. balance: float32 [K], or [1] holding 1 where the layer is not balanced. rotation: block
-        size of the rotation that is folded into the codes, or 0. permutations: integers [1, K] or [2, K] of the
-        rotation, or [1] holding 0 where it has none."""
+        """scale: float32 [N]. factor, zero: uint8 [N, K' / group] of 4 bits, else None. balance: float32 [K], or [1]
+        holding 1 where the layer is not balanced. permutations: integers [1, K] or [2, K] of the rotation, or [1]
+        holding 0 where it has none. rotation: block size of the rotation that is folded into the codes, or 0."""
 
+        factor: Tensor | None = None
+        zero: Tensor | None = None
         balance: Tensor
         permutations: Tensor
         rotation: int = 0
 
         def _tensor_fields(self) -> list[str]:
-            return ["scale", "balance", "permutations"]
+            return [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
+        p = qtensor._params
+        return plain(qtensor._qdata), *(getattr(p, name) for name in p._tensor_fields())
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        return {"": _plain_codes(qdata)} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
+        return {"like": qtensor}
+
+
+class Int8Layout(_Layout):
+    """int8 codes, [N, K] or in the order of `stored`, a float32 scale per output channel, a balance factor per input
+    channel."""
 
     @classmethod
     def quantize(cls, tensor: Tensor, **options: Any) -> tuple[Tensor, Any]:
@@ -44,53 +63,21 @@ class Int8Layout(QuantizedLayout):
         and balance are kept, so that every entry that the patch left alone keeps its code."""
         like: QuantizedTensor | None = options.get("like")
         if like is None:
-            balance = torch.ones(1, dtype=torch.float32, device=tensor.device)
             params = cls.Params(
-                scale=channel_scale(tensor), orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), balance=balance,
-                permutations=_no_permutations(tensor.device),
+                scale=channel_scale(tensor), orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape),
+                **_absent(tensor.device),
             )  # fmt: skip
             return stored(quantize_weight(tensor, params.scale)), params
-        p = like._params
-        balance, scale, permutations = (t.to(tensor.device) for t in (p.balance, p.scale, p.permutations))
-        params = replace(p, scale=scale, balance=balance, permutations=permutations)
-        return stored(quantize_weight(_as_multiplied(tensor, params), scale)), params
+        params = like._params.to_device(tensor.device)
+        return stored(quantize_weight(_as_multiplied(tensor, params), params.scale)), params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         return _as_float(dequantize_weight(codes_of(plain(qdata)), params.scale), params)
 
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
-        p = qtensor._params
-        return plain(qtensor._qdata), p.scale, p.balance, p.permutations
 
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-        return {"": codes_of(plain(qdata)).contiguous()} | {
-            f"_{name}": getattr(params, name) for name in params._tensor_fields()
-        }
-
-    @classmethod
-    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        return {"like": qtensor}
-
-
-class Int4Layout(QuantizedLayout):
+class Int4Layout(_Layout):
     """Packed 4-bit codes [N, K' / 2] (`int4`), a scale per output channel, factor and zero per group."""
-
-    @dataclass(frozen=True)
-    class Params(BaseLayoutParams):
-        """scale: float32 [N]. factor, zero: uint8 [N, K' / group]. balance, rotation, permutations: as in
-        `Int8Layout`."""
-
-        factor: Tensor
-        zero: Tensor
-        balance: Tensor
-        permutations: Tensor
-        rotation: int = 0
-
-        def _tensor_fields(self) -> list[str]:
-            return ["scale", "factor", "zero", "balance", "permutations"]
 
     @classmethod
     def quantize(cls, tensor: Tensor, **options: Any) -> tuple[Tensor, Any]:
@@ -99,28 +86,13 @@ class Int4Layout(QuantizedLayout):
         like: QuantizedTensor | None = options.get("like")
         if like is None:
             raise ValueError("a 4-bit weight is made by TFMQ Quantize, not by a cast")
-        p = like._params
-        balanced = _as_multiplied(tensor, p)
-        scale, factor, zero = (t.to(tensor.device) for t in (p.scale, p.factor, p.zero))
-        grid = Grid(scale, factor, zero, like._qdata.shape[1] * 2 // factor.shape[1])
-        return pack(nearest(to_columns(balanced), grid)), p
+        params = like._params.to_device(tensor.device)
+        grid = packed(like._qdata, params).grid
+        return pack(nearest(to_columns(_as_multiplied(tensor, params)), grid)), params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         return _as_float(packed(qdata, params).dequantize(), params)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
-        p = qtensor._params
-        return qtensor._qdata, p.scale, p.factor, p.zero, p.balance, p.permutations
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-        return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
-
-    @classmethod
-    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        return {"like": qtensor}
 
 
 register_layout_class(NAME, Int8Layout)
@@ -158,8 +130,14 @@ def permutations_of(params: Any) -> Tensor | None:
     return params.permutations if params.permutations.dim() == 2 else None
 
 
-def _no_permutations(device: Any) -> Tensor:
-    return torch.zeros(1, dtype=torch.int16, device=device)
+def _absent(device: Any) -> dict[str, Any]:
+    """What stands for the parts that a layer lacks: the host wants a tensor for each field that it streams."""
+    return {"balance": torch.ones(1, device=device), "permutations": torch.zeros(1, dtype=torch.int16, device=device)}
+
+
+def _plain_codes(qdata: Tensor) -> Tensor:
+    """As solving makes them and files hold them."""
+    return codes_of(plain(qdata)).contiguous()
 
 
 def _as_multiplied(weight: Tensor, params: Any) -> Tensor:
@@ -178,17 +156,18 @@ def quantized_tensor(state: LayerState, dtype: torch.dtype) -> QuantizedTensor:
     """The weight of a solved layer; dtype: what it stands for (that of the float model)."""
     if state.scheme.weight_format != INT:
         return nf4.quantized_tensor(state, dtype)
-    balance = torch.ones(1, device=state.codes.device) if state.balance is None else state.balance
-    permutations = _no_permutations(state.codes.device) if state.permutations is None else state.permutations
-    rotation = state.scheme.rotation
-    if state.factor is None or state.zero is None:
-        params = Int8Layout.Params(
-            scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
-            permutations=permutations,
-        )  # fmt: skip
-        return QuantizedTensor(stored(state.codes), NAME, params)
-    four = Int4Layout.Params(
-        scale=state.scale, orig_dtype=dtype, orig_shape=state.shape, balance=balance, rotation=rotation,
-        factor=state.factor, zero=state.zero, permutations=permutations,
-    )  # fmt: skip
-    return QuantizedTensor(state.codes, NAME_4, four)
+    parts = _absent(state.codes.device) | {n: t for n, t in state.tensors().items() if n not in ("codes", *TABLES)}
+    params = _Layout.Params(orig_dtype=dtype, orig_shape=state.shape, rotation=state.scheme.rotation, **parts)
+    return QuantizedTensor(stored(state.codes), NAME if state.factor is None else NAME_4, params)
+
+
+def state_of(leaf: Any) -> LayerState:
+    """What a leaf was made of, `quantized_tensor` undone; on the devices where it lies."""
+    weight, geometry = leaf.weight, leaf.geometry
+    parts = {name: getattr(weight._params, name) for name in weight._params._tensor_fields()}
+    parts |= {"codes": _plain_codes(weight._qdata), "permutations": leaf.permutations}
+    parts |= {name: getattr(leaf, name) for name in TABLES}
+    if leaf.inverse_balance is None:
+        parts["balance"] = None
+    kind = "conv2d" if geometry.is_conv else "linear"
+    return LayerState.from_tensors(kind, leaf.scheme, tuple(geometry.shape), parts)

@@ -103,7 +103,7 @@ def solve(scheme: Scheme, weight: Tensor) -> LayerState:
     if not bool(torch.isfinite(weight).all()):
         raise FloatingPointError("the weight holds NaN or infinite values")
     codes, scale = encode(weight, scheme.weight_format)
-    return LayerState("linear", scheme, tuple(weight.shape), codes, scale, None, None, None)
+    return LayerState("linear", scheme, tuple(weight.shape), codes, scale)
 
 
 def encode(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:

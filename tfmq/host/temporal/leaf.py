@@ -17,12 +17,13 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...files import PAIRS
 from ...geometry import Geometry
 from ...kernels import reference
 from ...kernels.int8_product import MIN_ROWS, MULTIPLE, int8_product
 from ...kernels.table import LINEAR_STATIC, pick
 from ...temporal.fsc import quantize_activation, weight_codes, weight_grid
-from ...temporal.packing import SHIFT, pack, signed_zero_point, unpack
+from ...temporal.packing import SHIFT, from_halves, pack, signed_zero_point, unpack
 from ...timeline import Clock, Partition, TimeAxis
 from ..leaf.leaf import _HostLeaf
 from ..leaf.residual import Residual
@@ -255,13 +256,14 @@ def to_file(path: str, leaf: TemporalLinear) -> tuple[dict[str, Any], dict[str, 
     return {"shape": list(state.shape), "points": state.points, "bits": state.bits}, tensors
 
 
-def from_file(path: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> TemporalState:
+def from_file(path: str, about: dict[str, Any], tensors: dict[str, Tensor], version: int) -> TemporalState:
     """Takes the tensors of a leaf out of those of a file. Raises KeyError, TypeError or ValueError if it is damaged."""
     bits, points, (rows, columns) = int(about["bits"]), int(about["points"]), about["shape"]
     names = [f.name for f in fields(TemporalState) if f.name not in ("shape", "points", "bits", WEIGHT)]
     found = {name: tensors.pop(f"{path}.tfmq_{name}") for name in names if f"{path}.tfmq_{name}" in tensors}
     if bits:
-        found[WEIGHT] = tensors.pop(f"{path}.weight")
+        codes = tensors.pop(f"{path}.weight")
+        found[WEIGHT] = from_halves(codes) if bits == 4 and version < PAIRS else codes
         needed = {"scale": rows, "zero_point": rows, "act_scale": points, "act_zero_point": points}
         if any(found[name].numel() != size for name, size in needed.items()):
             raise ValueError(f"layer {path} has tensors of another size")
