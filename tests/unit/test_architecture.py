@@ -32,21 +32,12 @@ COMFY_ROOMS = {"nodes", "host"}
 CROSSINGS = {
     ("timeline", "runtime.grids"): "the clock still holds the state of the leaves",
     ("timeline", "runtime.shared_input"): "the clock still holds the state of the leaves",
-    ("host.store", "host.quantize"): "recording and attaching still stand beside quantizing",
 }
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
-LONG = {  # being split
-    "bench/gpu/stages/parity.py", "bench/quality.py", "demo/html.py", "tfmq/host/temporal/cache.py",
-    "tfmq/host/temporal/table.py", "tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py",
-}  # fmt: skip
-# Named by docs/architecture.md from before files moved; the page is being rewritten.
-GONE = {
-    "compensate.py", "decide.py", "grouped.py", "guidance.py", "host/attention.py", "host/feed_forward.py",
-    "host/norms.py", "host/precision.py", "last_input.py", "nodes_report.py", "norm_chain.py", "observe.py",
-    "quantizer.py", "rowwise.py", "solve.py", "swap.py", "triton_norm.py", "triton_ops.py", "triton_probe.py",
-    "triton_product.py", "triton_quantize.py", "triton_tune.py",
-}  # fmt: skip
+LONG = {"demo/html.py", "tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py"}  # being split
+# Named by docs/architecture.md, and on their way.
+GONE = {"fused.py", "run_state.py"}
 ELSEWHERE = {"kernels.json"}  # in the user's cache folder
 
 CODE = ("tfmq", "bench", "demo", "devkit")

@@ -1,7 +1,7 @@
 """Feed-forward networks of a quantized MODEL on a CPU, computed in blocks of rows that stay in the cache.
 
 Four times as wide as the network itself, what lies between their two layers is the largest tensor of a transformer
-block. docs/speed.md has the times.
+block. docs/decisions/feed-forward-in-blocks.md has the times.
 """
 
 from __future__ import annotations

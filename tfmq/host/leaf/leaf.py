@@ -1,7 +1,7 @@
 """The leaves as ComfyUI's patcher wants them: a module without children, one weight, one bias, castable.
 
 How a weight is streamed, patched and evicted is the host's business; what it asks of a leaf for that is in
-docs/architecture.md.
+docs/leaf.md.
 """
 
 from __future__ import annotations
