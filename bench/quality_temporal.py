@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from tfmq.temporal.features import temporal_graph
 from tfmq.temporal.fsc import FiniteSet, QuantizedTib, calibrated
-from tfmq.temporal.selection import select, selected_features
+from tfmq.temporal.selection import select
 from tfmq.temporal.tiar import tiar
 from tfmq.timeline import TimeAxis
 
-from .temporal_error import outputs_of
+from .temporal_error import outputs_of, selected_features
 
 AXIS = TimeAxis(0.0, 999.0)
 BITS = 4

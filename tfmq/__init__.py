@@ -1,1 +1,1 @@
-"""Quantization of diffusion models with integer arithmetic; runs with torch alone. `tfmq.host` is the ComfyUI side."""
+"""Quantization of diffusion models with integer arithmetic; runs with torch alone. `nodes` and `host` are the ComfyUI side."""
