@@ -26,8 +26,8 @@ FLOAT, INT8, INT4, SELECTED = "float", "int8 (TIAR + FSC)", "int4 (TIAR + FSC)",
 MODES = {
     FLOAT: Choice("left as they are"),
     INT8: Choice("8 bits, with rounding fitted to all timesteps", 8),
-    INT4: Choice("4 bits, the same", 4),
-    SELECTED: Choice("per layer the least error of these and of caches, in at most the bytes of int8"),
+    INT4: Choice("4 bits, with rounding fitted to all timesteps", 4),
+    SELECTED: Choice("per layer the least error of these, caches and float weights, in at most the bytes of int8"),
 }
 INTERVALS = 25  # parts of the time axis of which a selection may cache some and not others
 
