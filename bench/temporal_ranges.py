@@ -140,7 +140,7 @@ def _held_out(pack: ModuleType, model: Any, calibration: Any, setting: Any, cond
 
 def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) -> dict[str, float]:
     """Rule -> mean layer error of one static 8-bit range that was learnt from the intervals where the rule looks."""
-    tdq, times = _module(pack, "decide.tdq"), _module(pack, "observe.sampling_times")
+    grids, tdq, times = (_module(pack, name) for name in ("decide.grids", "decide.tdq", "observe.sampling_times"))
     sampling = model.get_model_object("model_sampling")
     edges = torch.tensor([0.0, *calibration.partition.edges, 1.0]) * 999
     points = torch.arange(1000).float()
@@ -153,7 +153,7 @@ def _sampling_rules(pack: ModuleType, model: Any, calibration: Any, judge: Any) 
     found = {}
     for rule, weight in weights.items():
         errors = [
-            tdq.grid_error(judge[p], tdq.one_grid(s, "mse", 8, weight))
+            grids.grid_error(judge[p], tdq.one_grid(s, "mse", 8, weight))
             for p, s in calibration.layers.items()
             if p in judge and not s.vector
         ]

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats.affine import bin_centers, histogram_error
+from ..formats.affine import bin_centers
 from ..formats.hadamard import group_of
 from ..formats.int4 import group_for
 from ..kernels.costs import FREE, Costs
@@ -35,7 +35,7 @@ from ..observe.balance import WEIGHT_SHARE
 from ..observe.statistics import LayerStatistics
 from ..runtime.branches import BRANCHES
 from ..scheme import DYNAMIC, INT, NONE, ONE_RANGE, STATIC, TDQ, Recipe, Scheme
-from .grids import static_grid
+from .grids import grid_error, static_grid
 
 HEAVY_TAIL = 3.0
 
@@ -81,11 +81,7 @@ def scheme_of(recipe: Recipe, statistics: LayerStatistics, weight_bits: int, cos
 
 def static_error(statistics: LayerStatistics, method: str, bits: int = 8) -> float:
     """Relative L2 error of the static grids on the calibration data, over all intervals."""
-    scale, zero_point = static_grid(statistics, method, bits)
-    sums = histogram_error(statistics.histogram, statistics.bin_low, statistics.bin_high, scale, zero_point, bits).sum(
-        0
-    )
-    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+    return grid_error(statistics, static_grid(statistics, method, bits), bits)
 
 
 def dynamic_error(statistics: LayerStatistics, bits: int = 8) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.affine import affine_grid, search_range
+from ..formats.affine import affine_grid, histogram_error, search_range
 from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, TDQ
 
+Grid = tuple[Tensor, Tensor]  # scale float32 [I], zero point int32 [I]
 
-def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> tuple[Tensor, Tensor]:
+
+def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branches: int = 1) -> Grid:
     """Scale [I] float32 and zero point [I] int32 of every interval, unvisited ones filled from their neighbours.
 
     With branches == 2: [2, I], for conditional and unconditional rows.
@@ -21,7 +23,14 @@ def static_grid(statistics: LayerStatistics, method: str, bits: int = 8, branche
     return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
 
 
-def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> tuple[Tensor, Tensor]:
+def grid_error(statistics: LayerStatistics, grid: Grid, bits: int = 8) -> float:
+    """Relative L2 error of a table of grids on the histograms of `statistics`, over all intervals."""
+    s = statistics
+    sums = histogram_error(s.histogram, s.bin_low, s.bin_high, *grid, bits).sum(0)
+    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+
+
+def _grid(statistics: LayerStatistics, histogram: Tensor, method: str, bits: int) -> Grid:
     method = "mse" if method in (ONE_RANGE, TDQ) else method
     low, high = search_range(histogram, statistics.bin_low, statistics.bin_high, method, bits)
     # The histogram's bins are wider than the data; never reach beyond what was seen.

@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats.affine import RANGE_NORM, affine_grid, bin_centers, histogram_error, search_range
+from ..formats.affine import RANGE_NORM, affine_grid, bin_centers, search_range
 from ..observe.calibration import Calibration
 from ..observe.statistics import LayerStatistics
 from ..scheme import ONE_RANGE, STATIC, TDQ, Plan
 from ..temporal.features import sinusoid
 from ..timeline import Partition
-from .grids import static_grid
+from .candidates import dynamic_error
+from .grids import Grid, grid_error, static_grid
 
 CHANNELS, WIDTH, DEPTH = 32, 64, 3  # of the embedding of t; of the hidden layers; how many (paper: 4 layers are best)
 BINS = 256
 STEPS, RATE = 400, 5e-3
 MAX_PERIOD = 200.0  # in intervals: nothing in the embedding turns faster than one radian per interval
-
-Grid = tuple[Tensor, Tensor]  # scale float32 [I], zero point int32 [I]
 
 
 @dataclass(frozen=True)
@@ -146,22 +145,6 @@ def one_grid(statistics: LayerStatistics, method: str = "mse", bits: int = 8, we
     return scale.repeat(count), zero.repeat(count)
 
 
-def grid_error(statistics: LayerStatistics, grid: Grid, bits: int = 8) -> float:
-    """Relative L2 error of a table of grids on the histograms of `statistics`, over all intervals."""
-    s = statistics
-    sums = histogram_error(s.histogram, s.bin_low, s.bin_high, *grid, bits).sum(0)
-    return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
-
-
-def per_token_error(statistics: LayerStatistics, bits: int = 8) -> float | None:
-    """Relative L2 error of per-token quantization, None where it was not observed (convolutions).
-
-    Observed with 8 bits; rounding errors of fewer bits are taken as proportional to the step.
-    """
-    error, energy = statistics.row_error.sum(0).tolist()
-    return None if energy == 0 else (error / energy) ** 0.5 * 255 / (2**bits - 1)
-
-
 def over_time(plan: Plan, calibration: Calibration) -> dict[str, Grid]:
     """Grids of the static layers of a plan whose recipe asks for "tdq" or "one range"; empty for any other recipe."""
     ranges, bits = plan.recipe.ranges, plan.recipe.activation_bits
@@ -209,7 +192,7 @@ def compare(
             grid_error(seen, one_grid(own, method, bits), bits),
             grid_error(seen, static_grid(own, method, bits), bits),
             grid_error(seen, learnt[path], bits),
-            per_token_error(seen, bits),
+            dynamic_error(seen, bits) if bool(seen.row_error.sum(0)[1] > 0) else None,  # not observed in convolutions
         )
     return out
 

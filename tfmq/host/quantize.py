@@ -13,8 +13,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..decide.edit import edited
+from ..decide.grids import Grid
 from ..decide.plan import decide
-from ..decide.tdq import Grid, over_time
+from ..decide.tdq import over_time
 from ..errors import TfmqError
 from ..kernels.table import costs_of
 from ..observe.calibration import Calibration
@@ -26,9 +27,9 @@ from ..timeline import Clock, TimeAxis
 from . import bits
 from .leaf import nf4
 from .leaf.leaf import make_leaf
-from .model import PREFIX, fingerprint, require_float_model, sampling_kind
+from .model import PREFIX, fingerprint, sampling_kind
 from .network import Network
-from .quantized import Quantized, attach, backends_of
+from .quantized import Quantized, attach
 from .rounding import run as reconstruct
 from .temporal import quantize as temporal_quant
 from .temporal.leaf import TemporalLinear, finite_set_clock
@@ -46,9 +47,8 @@ def quantize(
     LoRA patches that are on the MODEL are merged before rounding. Raises TfmqError for a MODEL or calibration that
     does not fit.
     """
-    require_float_model(patcher)
-    _require_same(patcher, calibration)
     network = Network.of(patcher)
+    _require_same(patcher, calibration)
     plan = _planned(network, calibration, recipe, changes, progress)
     grids = over_time(plan, calibration)
     rounding = _rounded(network, calibration, plan, grids, progress)
@@ -71,10 +71,9 @@ def quantize(
 
     before = comfy.model_management.module_size(network.module)
     baked = {key: len(patches) for key, patches in clone.patches.items()}
-    backends, passed_over = backends_of(plan, network.geometries, patcher.load_device)
     record = Quantized(
         plan, {path: network.kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
-        before, before - saved, baked, backends, passed_over, temporal_clock, temporal.deaf, rounding=rounding.note,
+        before, before - saved, baked, temporal_clock, temporal.deaf, rounding.note,
     )  # fmt: skip
     attach(clone, record, patcher.model_size() - saved)
     return clone
@@ -137,9 +136,8 @@ def _rounded(
 def _move_biases(clone: ModelPatcher, plan: Plan, rounding: Result) -> None:
     """Of layers that stay in float; like any weight patch these travel with the MODEL, and are merged where it is
     saved."""
-    moved = {path: by for path, by in rounding.biases.items() if path not in plan.layers}
-    if moved:
-        clone.add_patches({f"{PREFIX}{path}.bias": ("diff", (by,)) for path, by in moved.items()})
+    moved = {f"{PREFIX}{path}.bias": by for path, by in rounding.biases.items() if path not in plan.layers}
+    clone.add_patches({key: ("diff", (by,)) for key, by in moved.items()})
 
 
 def _solved(
@@ -166,7 +164,8 @@ def _put(
     if bias is not None:
         bias = bias if moved is None else bias.float() + moved.to(bias.device)
         bias = bias.to(clone.offload_device, weight.dtype)
-    state = state_to(state, clone.offload_device)
+    tensors: dict[str, Any] = {k: v.to(clone.offload_device) for k, v in vars(state).items() if isinstance(v, Tensor)}
+    state = replace(state, **tensors)
     _replace(clone, path, make_leaf(layer, state, network.geometries[path], clock, bias, weight.dtype))
     return weight.nbytes - state.nbytes
 
@@ -193,9 +192,3 @@ def _replace(clone: ModelPatcher, path: str, leaf: nn.Module) -> None:
     clone.add_object_patch(PREFIX + path, leaf)
     for name in ("weight", "bias"):
         clone.patches.pop(f"{PREFIX}{path}.{name}", None)
-
-
-def state_to(state: LayerState, device: Any) -> LayerState:
-    """The state with all its tensors on `device`."""
-    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)}
-    return replace(state, **tensors)
