@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from support import patchers
 
 import comfy.memory_management  # isort: skip
 import comfy.model_management  # isort: skip
+import comfy.model_patcher  # isort: skip
 import comfy.ops  # isort: skip
 import comfy.sd  # isort: skip
 import comfy.utils  # isort: skip
@@ -264,16 +264,13 @@ def test_what_dynamic_loading_puts_back_by_its_path_meets_no_leaf(base, quantize
     assert torch.equal(patchers.sample(quantized), expected)
 
 
-def test_small_layers_are_those_that_dynamic_loading_loads_whole():
-    layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
-    assert list(patchers.module("tfmq.host.network").too_small(layers)) == ["small"]
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
-    model = SimpleNamespace(diffusion_model=nn.ModuleDict({"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}))
-    found = patchers.module("tfmq.host.network").Network.of(SimpleNamespace(model=model, is_dynamic=lambda: dynamic))
-    assert list(found.keep) == (["small"] if dynamic else [])
+    model = nn.Module()
+    model.diffusion_model = nn.ModuleDict({"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)})
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    patcher.is_dynamic = lambda: dynamic
+    assert list(patchers.module("tfmq.host.network").Network.of(patcher).keep) == (["small"] if dynamic else [])
 
 
 def test_the_hosts_own_saving_says_what_to_use(base, quantized, saved_by_the_host):

@@ -16,7 +16,6 @@ host = patchers.module("tfmq.host.rounding")
 adaround = patchers.module("tfmq.rounding.adaround")
 costs = patchers.module("tfmq.kernels.costs")
 decide = patchers.module("tfmq.decide.plan")
-model = patchers.module("tfmq.host.model")
 networks = patchers.module("tfmq.host.network")
 scheme = patchers.module("tfmq.scheme")
 SHORT = adaround.Settings(iterations=3, scale_iterations=2, batch=4, rate=1e-3)
@@ -31,7 +30,6 @@ def calibrated(folder: Path, patcher: Any, of: tiny.Tiny, **options: Any) -> Any
 
 
 def planned(patcher: Any, calibration: Any) -> Any:
-    model.require_float_model(patcher)
     network = networks.Network.of(patcher)
     recipe = scheme.Recipe("W4A8", weight_bits=4, group=32)
     return decide.decide(recipe, calibration, network.kinds, network.keep, costs.Costs(2.0))

@@ -13,8 +13,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..decide.edit import edited
+from ..decide.grids import Grid
 from ..decide.plan import decide
-from ..decide.tdq import Grid, over_time
+from ..decide.tdq import over_time
 from ..errors import TfmqError
 from ..kernels.table import costs_of
 from ..observe.calibration import Calibration
@@ -27,9 +28,9 @@ from ..timeline import Clock, TimeAxis
 from . import bits
 from .leaf import nf4
 from .leaf.leaf import make_leaf
-from .model import PREFIX, fingerprint, require_float_model, sampling_kind
+from .model import PREFIX, fingerprint, sampling_kind
 from .network import Network
-from .quantized import Quantized, attach, backends_of
+from .quantized import Quantized, attach
 from .rounding import run as reconstruct
 from .temporal import quantize as temporal_quant
 from .temporal.leaf import TemporalLinear, finite_set_clock
@@ -47,9 +48,8 @@ def quantize(
     LoRA patches that are on the MODEL are merged before rounding. Raises TfmqError for a MODEL or calibration that
     does not fit.
     """
-    require_float_model(patcher)
-    _require_same(patcher, calibration)
     network = Network.of(patcher)
+    _require_same(patcher, calibration)
     plan = _planned(network, calibration, recipe, changes, progress)
     grids = over_time(plan, calibration)
     rounding = _rounded(network, calibration, plan, grids, progress)
@@ -72,10 +72,9 @@ def quantize(
 
     before = comfy.model_management.module_size(network.module)
     baked = {key: len(patches) for key, patches in clone.patches.items()}
-    backends, passed_over = backends_of(plan, network.geometries, patcher.load_device)
     record = Quantized(
         plan, {path: network.kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
-        before, before - saved, baked, backends, passed_over, temporal_clock, temporal.deaf, rounding=rounding.note,
+        before, before - saved, baked, temporal_clock, temporal.deaf, rounding.note,
     )  # fmt: skip
     attach(clone, record, patcher.model_size() - saved)
     return clone
@@ -138,9 +137,8 @@ def _rounded(
 def _move_biases(clone: ModelPatcher, plan: Plan, rounding: Result) -> None:
     """Of layers that stay in float; like any weight patch these travel with the MODEL, and are merged where it is
     saved."""
-    moved = {path: by for path, by in rounding.biases.items() if path not in plan.layers}
-    if moved:
-        clone.add_patches({f"{PREFIX}{path}.bias": ("diff", (by,)) for path, by in moved.items()})
+    moved = {f"{PREFIX}{path}.bias": by for path, by in rounding.biases.items() if path not in plan.layers}
+    clone.add_patches({key: ("diff", (by,)) for key, by in moved.items()})
 
 
 def _solved(

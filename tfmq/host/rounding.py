@@ -16,8 +16,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..decide.grids import static_grid
-from ..decide.tdq import Grid
+from ..decide.grids import Grid, static_grid
 from ..errors import TfmqError
 from ..files import VERSION
 from ..observe.calibration import Calibration
@@ -63,7 +62,6 @@ def run(
     samples = calibration.samples
     if preset != NEAREST and (samples is None or not samples.rows):
         raise TfmqError(_without_samples(samples))
-    patcher = network.patcher
     layers = layers_of(network, calibration, plan, grids)
     weights = network.weights(layers)
 
@@ -87,11 +85,11 @@ def run(
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress(int(PARTS * (share + (1 - share) * done / total)), PARTS, left)
 
-    device = patcher.load_device
+    device = network.patcher.load_device
     dtype = product_dtype(device)
     if folder is None and EFFORTS[preset].value is not None:
         folder = _folder(calibration, plan, preset, dtype, options)
-    with replayed(patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
+    with replayed(network.patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
         source, options = replay.source(), {"dtype": dtype} | options
         result = driver.reconstruct(
             network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
