@@ -37,8 +37,7 @@ CROSSINGS = {
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
 LONG = {  # being split
-    "bench/gpu/stages/parity.py", "bench/quality.py", "demo/html.py", "tfmq/host/temporal/cache.py",
-    "tfmq/host/temporal/table.py", "tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py",
+    "tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py",
 }  # fmt: skip
 # Named by docs/architecture.md from before files moved; the page is being rewritten.
 GONE = {
