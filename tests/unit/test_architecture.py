@@ -35,7 +35,7 @@ CROSSINGS = {
 }
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
-LONG = {"demo/html.py", "tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py"}  # being split
+LONG = {"tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py"}  # being split
 # Named by docs/architecture.md, and on their way.
 GONE = {"fused.py", "run_state.py"}
 ELSEWHERE = {"kernels.json"}  # in the user's cache folder
