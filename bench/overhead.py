@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.speed import describe
+from bench.speed.__main__ import describe
 from devkit import inprocess
 from tfmq import atomic
 
@@ -100,7 +100,7 @@ class Leaves:
                 return
             import comfy.ops
 
-            cast = {"cast_bias_weight": lambda leaf, **_: self.given[leaf], "uncast_bias_weight": _nothing}
+            cast: Any = {"cast_bias_weight": lambda leaf, **_: self.given[leaf], "uncast_bias_weight": _nothing}
             with patch.multiple(comfy.ops, run_every_op=_nothing, **cast):
                 yield
 
