@@ -182,7 +182,7 @@ def quantize(
 
 
 def _rounded(patcher: ModelPatcher, calibration: Calibration, plan: Plan, progress: Any) -> Result | None:
-    """The codes of the 4-bit layers, by the recipe's way of rounding; None for nearest."""
+    """The codes of the layers, where those of 4 bits are not rounded to nearest; else None."""
     fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
     if plan.recipe.rounding == ROUNDINGS[0] or not fours:
         return None

@@ -53,7 +53,7 @@ def run(
     folder: Path | None = None,
     **options: Any,
 ) -> driver.Result:
-    """Round the weights, LoRA patches merged.
+    """Round the weights, those of 8 bits included, LoRA patches merged.
 
     preset: one of `ROUNDINGS`. progress: called with (done, total, seconds left). folder: where
     finished units are kept; by default beside the calibrations, in a place that belongs to this request. options: of
@@ -105,14 +105,15 @@ def run(
         result = driver.reconstruct(
             network, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
         )
-        if not plus:
-            return result
-        tuned = finetune(
-            network, layers, result.layers, source, device=device, temporal=_temporal(patcher, plan),
-            progress=tell_tuning, dtype=options["dtype"],
-        )  # fmt: skip
-    logging.info("TFMQ: %s", tuned.note)
-    return replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+        if plus:
+            tuned = finetune(
+                network, layers, result.layers, source, device=device, temporal=_temporal(patcher, plan),
+                progress=tell_tuning, dtype=options["dtype"],
+            )  # fmt: skip
+            logging.info("TFMQ: %s", tuned.note)
+            result = replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+    eights = {path: layer.weight8 for path, layer in layers.items() if layer.weight8 is not None}
+    return replace(result, layers=result.layers | eights)
 
 
 @contextmanager

@@ -28,14 +28,11 @@ def solve_layer(
     """Quantize one layer. weight: float [N, K, ...], on any device; the result lies on the same device.
 
     grid: scale and zero point per interval of a static activation, where they were found elsewhere (`decide.tdq`).
-    rounded: codes that were found elsewhere; without them a weight of 4 bits is rounded to nearest.
+    rounded: where the weight was rounded elsewhere; else it is here, one of 4 bits to nearest.
     Raises FloatingPointError if the weight is not finite.
     """
     if not bool(torch.isfinite(weight).all()):
         raise FloatingPointError("the weight holds NaN or infinite values")
-    device = weight.device
-    balance = statistics.balance.to(device) if scheme.balanced and statistics.balance is not None else None
-    balanced = as_multiplied(scheme, statistics, weight)
     act_scale = act_zero_point = None
     if scheme.activation == STATIC:
         act_scale, act_zero_point = grid or static_grid(
@@ -43,24 +40,23 @@ def solve_layer(
         )
         if rounded is not None and rounded.act_scale is not None and rounded.act_zero_point is not None:
             act_scale, act_zero_point = rounded.act_scale, rounded.act_zero_point
-        act_scale, act_zero_point = act_scale.to(device), act_zero_point.to(device)
-    permutations = (
-        statistics.permutations.to(device) if scheme.permuted and statistics.permutations is not None else None
-    )
-    shape = tuple(weight.shape)
-    if scheme.weight_bits == 8:
-        codes, scale = round_to_8_bits(balanced, as_multiplying(scheme, statistics))
-        return LayerState(
-            statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point, permutations=permutations
-        )
     if rounded is None:
-        columns = to_columns(balanced)
-        found = search_grid(columns, scheme.group)
-        rounded = Rounded(nearest(columns, found), *found)
+        rounded = _rounded(scheme, as_multiplied(scheme, statistics, weight), as_multiplying(scheme, statistics))
+    codes = rounded.codes if scheme.weight_bits == 8 else pack(rounded.codes)
     return LayerState(
-        statistics.kind, scheme, shape, pack(rounded.codes).to(device), rounded.scale.to(device), balance,
-        act_scale, act_zero_point, rounded.factor.to(device), rounded.zero.to(device), permutations,
-    )  # fmt: skip
+        statistics.kind, scheme, tuple(weight.shape), codes, rounded.scale,
+        statistics.balance if scheme.balanced else None, act_scale, act_zero_point, rounded.factor, rounded.zero,
+        statistics.permutations if scheme.permuted else None,
+    ).to(weight.device)  # fmt: skip
+
+
+def _rounded(scheme: Scheme, weight: Tensor, rows: Tensor | None) -> Rounded:
+    """weight, rows: as they meet each other."""
+    if scheme.weight_bits == 8:
+        return round_to_8_bits(weight, rows)
+    columns = to_columns(weight)
+    grid = search_grid(columns, scheme.group)
+    return Rounded(nearest(columns, grid), *grid)
 
 
 def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
