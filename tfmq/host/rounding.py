@@ -33,7 +33,7 @@ from ..rounding.layer import Layer
 from ..rounding.precision import product_dtype
 from ..rounding.progress import PARTS
 from ..scheme import INT, STATIC, Plan
-from ..solve.layer import as_multiplied, as_multiplying
+from ..solve.layer import as_multiplied, as_multiplying, folded
 from ..temporal.tib import find_tib
 from .calibrate import FOLDER
 from .digest import update_digest
@@ -161,10 +161,9 @@ def layers_of(patcher: ModelPatcher, calibration: Calibration, plan: Plan) -> di
                 statistics.under(scheme), plan.recipe.ranges, scheme.activation_bits, scheme.branches
             )
             layer.act_scale, layer.act_zero_point = found[0].to(device), found[1].to(device)
-        if scheme.balanced and statistics.balance is not None:
-            layer.balance = statistics.balance.to(device)
-        if scheme.permuted and statistics.permutations is not None:
-            layer.permutations = statistics.permutations.to(device)
+        layer.balance, layer.permutations = (
+            None if part is None else part.to(device) for part in folded(scheme, statistics)
+        )
         if scheme.weight_bits == 8:
             layer.sample = as_multiplying(scheme, statistics)
         layers[path] = layer

@@ -43,10 +43,10 @@ def solve_layer(
     if rounded is None:
         rounded = _rounded(scheme, as_multiplied(scheme, statistics, weight), as_multiplying(scheme, statistics))
     codes = rounded.codes if scheme.weight_bits == 8 else pack(rounded.codes)
+    balance, permutations = folded(scheme, statistics)
     return LayerState(
-        statistics.kind, scheme, tuple(weight.shape), codes, rounded.scale,
-        statistics.balance if scheme.balanced else None, act_scale, act_zero_point, rounded.factor, rounded.zero,
-        statistics.permutations if scheme.permuted else None,
+        statistics.kind, scheme, tuple(weight.shape), codes, rounded.scale, balance, act_scale, act_zero_point,
+        rounded.factor, rounded.zero, permutations,
     ).to(weight.device)  # fmt: skip
 
 
@@ -65,21 +65,22 @@ def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
     size = entries * scheme.weight_bits // 8 + 4 * channels
     if scheme.group:
         size += 2 * entries // scheme.group
-    if scheme.balanced and statistics.balance is not None:
-        size += statistics.balance.nbytes
-    if scheme.permuted and statistics.permutations is not None:
-        size += statistics.permutations.nbytes
+    size += sum(part.nbytes for part in folded(scheme, statistics) if part is not None)
     if scheme.activation == STATIC:
         size += 8 * len(statistics.bin_low) * scheme.branches
     return size
 
 
+def folded(scheme: Scheme, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
+    """Balance and permutations of the input that are folded into the weight, where the layer has them."""
+    return statistics.balance if scheme.balanced else None, statistics.permutations if scheme.permuted else None
+
+
 def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -> Tensor:
     """The weight that meets the balanced, rotated input: float [N, K, ...] -> float32, same shape."""
-    out = weight.float()
-    if scheme.balanced and statistics.balance is not None:
-        out = out * per_channel(statistics.balance.to(weight.device), weight.dim(), 1)
-    permutations = statistics.permutations if scheme.permuted else None
+    out, (balance, permutations) = weight.float(), folded(scheme, statistics)
+    if balance is not None:
+        out = out * per_channel(balance.to(weight.device), weight.dim(), 1)
     return rotate(out, scheme.rotation, permutations)
 
 
@@ -87,9 +88,7 @@ def as_multiplying(scheme: Scheme, statistics: LayerStatistics) -> Tensor | None
     """The sample of the layer's input as it meets that weight: balanced and rotated, float32 [R, K'], or None."""
     if statistics.rows is None:
         return None
-    rows = statistics.rows.float()
-    if scheme.balanced and statistics.balance is not None:
-        taps = rows.shape[1] // statistics.balance.numel()
-        rows = rows / statistics.balance.to(rows.device).repeat_interleave(taps)
-    permutations = statistics.permutations if scheme.permuted else None
+    rows, (balance, permutations) = statistics.rows.float(), folded(scheme, statistics)
+    if balance is not None:
+        rows = rows / balance.to(rows.device).repeat_interleave(rows.shape[1] // balance.numel())
     return rotate(rows, scheme.rotation, permutations)
