@@ -28,7 +28,7 @@ from ..rounding.layer import Layer
 from ..rounding.precision import product_dtype
 from ..rounding.progress import PARTS
 from ..scheme import INT, STATIC, Plan
-from ..solve.layer import as_multiplied, as_multiplying
+from ..solve.layer import as_multiplied, as_multiplying, folded
 from .calibrate import FOLDER
 from .digest import update_digest
 from .network import Network
@@ -49,7 +49,7 @@ def run(
     folder: Path | None = None,
     **options: Any,
 ) -> driver.Result:
-    """Round the weights, LoRA patches merged.
+    """Round the weights, those of 8 bits included, LoRA patches merged.
 
     grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `EFFORTS`. progress:
     called with (done, total, seconds left). folder: where finished units are kept; by default beside the calibrations,
@@ -94,15 +94,16 @@ def run(
         result = driver.reconstruct(
             network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
         )
-        if not plus:
-            return result
-        temporal = list(network.tib.layers) if plan.recipe.temporal == FLOAT else []
-        tuned = finetune(
-            network.module, layers, result.layers, source, device=device, temporal=temporal, progress=tell_tuning,
-            dtype=options["dtype"],
-        )  # fmt: skip
-    logging.info("TFMQ: %s", tuned.note)
-    return replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+        if plus:
+            temporal = list(network.tib.layers) if plan.recipe.temporal == FLOAT else []
+            tuned = finetune(
+                network.module, layers, result.layers, source, device=device, temporal=temporal, progress=tell_tuning,
+                dtype=options["dtype"],
+            )  # fmt: skip
+            logging.info("TFMQ: %s", tuned.note)
+            result = replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+    eights = {path: layer.weight8 for path, layer in layers.items() if layer.weight8 is not None}
+    return replace(result, layers=result.layers | eights)
 
 
 def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Mapping[str, Grid]) -> dict[str, Layer]:
@@ -121,10 +122,9 @@ def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Map
                 statistics.under(scheme), plan.recipe.ranges, scheme.activation_bits, scheme.branches
             )
             layer.act_scale, layer.act_zero_point = found[0].to(device), found[1].to(device)
-        if scheme.balanced and statistics.balance is not None:
-            layer.balance = statistics.balance.to(device)
-        if scheme.permuted and statistics.permutations is not None:
-            layer.permutations = statistics.permutations.to(device)
+        layer.balance, layer.permutations = (
+            None if part is None else part.to(device) for part in folded(scheme, statistics)
+        )
         if scheme.weight_bits == 8:
             layer.sample = as_multiplying(scheme, statistics)
         layers[path] = layer
