@@ -27,9 +27,9 @@ from ..geometry import Geometry
 from ..kernels.costs import Costs
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
+from ..runtime.run_state import RunState
 from ..scheme import Plan, Recipe, Scheme
 from ..solve.layer import size_of, solve_layer
-from ..timeline import Clock
 from .calibrate import FOLDER
 from .call import ClockWrapper
 from .leaf.leaf import make_leaf
@@ -154,7 +154,7 @@ def _measure(
         if (key := f"{PREFIX}{path}.weight") in patcher.patches
     }
     clone = patcher.clone()
-    clock = Clock(calibration.axis, calibration.partition)
+    clock = RunState(calibration.axis, calibration.partition)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_clock", ClockWrapper(clock))
     replay = Replay(clone, samples)
     batches = batches_of(samples)

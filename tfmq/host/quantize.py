@@ -27,6 +27,7 @@ from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, costs_
 from ..observe.calibration import Calibration
 from ..rounding.reconstruct import Result
 from ..runtime.leaf import LeafCore
+from ..runtime.run_state import RunState
 from ..scheme import INT, NONE, ROUNDINGS, STATIC, Plan, Recipe
 from ..solve.layer import solve_layer
 from ..state import LayerState
@@ -36,6 +37,7 @@ from . import bits, first_run
 from .call import ClockWrapper
 from .faster import attention, feed_forward, norms, precision
 from .leaf import lora, nf4
+from .leaf.base import HostLeaf
 from .leaf.leaf import make_leaf
 from .model import (
     ATTACHMENT,
@@ -74,7 +76,7 @@ class Quantized:
     kinds: dict[str, str]
     model: str
     sampling: str
-    clock: Clock
+    clock: RunState
     bytes_before: int
     bytes_after: int
     baked: dict[str, int]
@@ -126,7 +128,7 @@ def quantize(
     patches = {f"{PREFIX}{path}.bias": ("diff", (by,)) for path, by in moved.items() if path not in plan.layers}
     if patches:
         clone.add_patches(patches)
-    clock = Clock(calibration.axis, calibration.partition)
+    clock = RunState(calibration.axis, calibration.partition)
     offload = patcher.offload_device
     before = comfy.model_management.module_size(network)
     saved = 0
@@ -283,7 +285,7 @@ def _give_own_leaves(clone: ModelPatcher) -> None:
     if own is None:
         return
     for key, leaf in clone.object_patches.items():
-        if isinstance(leaf, LeafCore):
+        if isinstance(leaf, HostLeaf):
             if leaf not in own:
                 own[leaf] = copy.deepcopy(leaf)
             clone.object_patches[key] = own[leaf]

@@ -29,9 +29,10 @@ from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, read_manifest, read_tensors, smallest_exact, write
 from ..geometry import Geometry, geometry_of
 from ..runtime.packed_codes import plain
+from ..runtime.run_state import RunState
 from ..scheme import INT, Plan
 from ..state import LayerState
-from ..timeline import Clock, Partition, TimeAxis
+from ..timeline import Partition, TimeAxis
 from .leaf import nf4
 from .leaf.layout import codes_of
 from .leaf.leaf import make_leaf
@@ -173,7 +174,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     try:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
-        clock = Clock(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
+        clock = RunState(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
         parts = {
             layer: {name: tensors.pop(f"{layer}.{name}", None) for name in (*PARTS, "comfy_quant")}
             for layer in plan.layers

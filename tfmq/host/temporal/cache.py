@@ -31,7 +31,7 @@ from ...temporal.cache import CachedLayer, FeatureTable, Group, Statistics, Swit
 from ...temporal.inputs import Call, NotCovered, Projections, projections_of
 from ...temporal.tib import find_tib
 from ...words import counted
-from ..leaf.leaf import _HostLeaf
+from ..leaf.base import HostLeaf
 from ..model import PREFIX, release
 from . import table as temporal_table
 
@@ -339,7 +339,7 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
         clone.size = clone.model_size() + earlier.nbytes
         _forget(clone)
     # A quantized temporal layer is small and may follow the clock of the call, so it is left alone.
-    paths = [path for path in modules if not isinstance(clone.get_model_object(PREFIX + path), _HostLeaf)]
+    paths = [path for path in modules if not isinstance(clone.get_model_object(PREFIX + path), HostLeaf)]
     if not paths:
         raise TfmqError(
             "All temporal layers of this MODEL are quantized by TFMQ already, so there is nothing to cache: use it as "
