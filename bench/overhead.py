@@ -39,9 +39,8 @@ class Leaves:
 
     def __init__(self, prefix: str, host: bool) -> None:
         self.prefix, self.host = prefix, host
-        self.clock = self.module("timeline").Clock(
-            self.module("timeline").TimeAxis(0.0, 999.0), self.module("timeline").Partition.uniform(4)
-        )
+        time = self.module("timeline")
+        self.run = self.module("runtime.run_state").RunState(time.TimeAxis(0.0, 999.0), time.Partition.uniform(4))
         self.given: dict[nn.Module, tuple[Tensor, Tensor | None, None]] = {}
 
     def module(self, name: str) -> Any:
@@ -61,11 +60,11 @@ class Leaves:
         assert layer.bias is not None
         bias = layer.bias.detach()
         if self.host:
-            made = self.module("host.leaf.leaf").make_leaf(layer, state, geometry, self.clock, bias, torch.float32)
+            made = self.module("host.leaf.leaf").make_leaf(layer, state, geometry, self.run, bias, torch.float32)
             self.given[made] = made.weight, made.bias, None
             return made
         core = self.module("runtime.leaf")
-        return (core.QuantConv2d if geometry.is_conv else core.QuantLinear)(state, geometry, self.clock, bias)
+        return (core.QuantConv2d if geometry.is_conv else core.QuantLinear)(state, geometry, self.run, bias)
 
     def call(self, case: str) -> Call:
         """x -> what one call of the case makes of it."""
@@ -100,8 +99,8 @@ class Leaves:
                 return
             import comfy.ops
 
-            cast: Any = {"cast_bias_weight": lambda leaf, **_: self.given[leaf], "uncast_bias_weight": _nothing}
-            with patch.multiple(comfy.ops, run_every_op=_nothing, **cast):
+            cast: dict[str, Any] = {"cast_bias_weight": lambda leaf, **_: self.given[leaf]}
+            with patch.multiple(comfy.ops, run_every_op=_nothing, uncast_bias_weight=_nothing, **cast):
                 yield
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import overhead
+from support.frames import frames
 
 
 def test_every_case_has_a_figure(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -23,3 +24,7 @@ def test_every_case_has_a_figure(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
     assert set(found) == {"machine", "before", "after"} and set(found["after"]) == {"core"}
     assert set(found["after"]["core"]) == set(overhead.CASES)
     assert all(0.1 < figure < 10_000 for figure in found["after"]["core"].values())
+
+
+def test_few_frames_from_a_leaf_to_the_backend() -> None:
+    assert frames("", False) == {name: ["forward", "compute"] for name in ("quantize_static", "multiply")}

@@ -21,6 +21,7 @@ from ..kernels.table import costs_of
 from ..observe.calibration import Calibration
 from ..rounding.efforts import NEAREST
 from ..rounding.reconstruct import Result
+from ..runtime.run_state import RunState
 from ..scheme import INT, Plan, Recipe, Scheme
 from ..solve.layer import solve_layer
 from ..state import LayerState
@@ -63,7 +64,7 @@ def quantize(
     clone = patcher.clone()
     _move_biases(clone, plan, rounding)
     temporal_clock, saved = _put_temporal(clone, network, temporal, calibration.axis)
-    clock = Clock(calibration.axis, calibration.partition)
+    clock = RunState(calibration.axis, calibration.partition)
     for done, (path, scheme) in enumerate(plan.layers.items(), first + 1):
         comfy.model_management.throw_exception_if_processing_interrupted()
         state = _solved(network, calibration, recipe, path, scheme, grids, rounding)
@@ -156,7 +157,7 @@ def _solved(
 
 
 def _put(
-    clone: ModelPatcher, network: Network, path: str, state: LayerState, clock: Clock, moved: Tensor | None
+    clone: ModelPatcher, network: Network, path: str, state: LayerState, clock: RunState, moved: Tensor | None
 ) -> int:
     """Hang a leaf into `clone` in place of a layer; returns the bytes that this saves. moved: to be added to the
     bias."""

@@ -17,12 +17,14 @@ from ..errors import TfmqError
 from ..kernels import install
 from ..kernels.table import pick, refusals
 from ..runtime.leaf import LeafCore
+from ..runtime.run_state import RunState
 from ..scheme import INT, NONE, Plan
 from ..timeline import Clock
 from . import first_run
 from .call import ClockWrapper
 from .faster import attention, feed_forward, norms, precision
 from .leaf import lora
+from .leaf.base import HostLeaf
 from .model import ATTACHMENT, PREFIX
 from .temporal.leaf import TemporalLinear
 
@@ -47,7 +49,7 @@ class Quantized:
     kinds: dict[str, str]
     model: str
     sampling: str
-    clock: Clock
+    clock: RunState
     bytes_before: int
     bytes_after: int
     baked: dict[str, int]
@@ -155,7 +157,7 @@ def _give_own_leaves(clone: ModelPatcher) -> None:
     if own is None:
         return
     for key, leaf in clone.object_patches.items():
-        if isinstance(leaf, LeafCore):
+        if isinstance(leaf, HostLeaf):
             if leaf not in own:
                 own[leaf] = copy.deepcopy(leaf)
             clone.object_patches[key] = own[leaf]

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, PAIRS, read_manifest, read_tensors, smallest_exact, write
 from ..geometry import Geometry, geometry_of
+from ..runtime.run_state import RunState
 from ..scheme import INT, Plan, Scheme
 from ..state import TENSORS, LayerState
 from ..temporal import table as saved_table
-from ..timeline import Clock, Partition, TimeAxis
+from ..timeline import Partition, TimeAxis
 from .leaf import nf4
 from .leaf.layout import state_of
 from .leaf.leaf import make_leaf
@@ -158,7 +159,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     try:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
-        clock = Clock(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
+        clock = RunState(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
         states = {
             layer: _state(file, layer, kinds[layer], scheme, manifest.get("shapes", {}).get(layer), tensors)
             for layer, scheme in plan.layers.items()

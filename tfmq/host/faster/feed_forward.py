@@ -15,6 +15,7 @@ from comfy.ldm.modules.attention import GEGLU, FeedForward
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...runtime.fused import GATED
 from ...runtime.leaf import LeafCore
 from ...runtime.norm_silu_conv import untouched
 from ...runtime.row_blocks import gated_blocks, in_blocks, suits
@@ -45,7 +46,7 @@ def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
 
     def _gated(x: Tensor) -> Tensor:
         first, *rest = module.net
-        x = first.proj(x, gated=True)
+        x = first.proj(x, GATED)
         for layer in rest:
             x = layer(x)
         return x
