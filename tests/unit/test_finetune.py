@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from support.rounding import four_bit_layers
 from tfmq.rounding.finetune import Settings, Tuned, _Recomputed, _Work, finetune
-from tfmq.rounding.reconstruct import Source, reconstruct
+from tfmq.rounding.reconstruct import reconstruct
+from tfmq.rounding.samples import Source
 from tfmq.scheme import DYNAMIC, STATIC
 from tfmq.state import Rounded
 

@@ -33,7 +33,8 @@ from . import tree
 from .adaround import Draw, Group, fit
 from .forwards import plain_parameters
 from .layer import Layer, Rows
-from .reconstruct import HELD_OUT, Progress, Source, outputs
+from .progress import Progress
+from .samples import HELD_OUT, Source
 from .units import find_units
 
 WEIGHTS = 1 << 30  # bytes of decoded weights that are kept between steps
@@ -176,7 +177,7 @@ class _Work:
         def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree.map_tensors((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
             result = original(*args, **kwargs)
-            self.prediction = outputs(result)
+            self.prediction = tree.outputs(result)
             return result
 
         return forward
@@ -420,7 +421,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.run = run
         ctx.save_for_backward(*values)
         box.append(run(values))
-        return tuple(outputs(box[0]))
+        return tuple(tree.outputs(box[0]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -429,7 +430,7 @@ class _Recomputed(torch.autograd.Function):
         def again() -> Iterator[Tensor | None]:
             values = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
             with torch.enable_grad():
-                found = outputs(ctx.run(values))
+                found = tree.outputs(ctx.run(values))
             pairs = [(y, g) for y, g in zip(found, gradients, strict=True) if g is not None and y.requires_grad]
             wanted = [value for value, n in zip(values, needed, strict=True) if n]
             if not pairs or not wanted:
