@@ -32,8 +32,7 @@ COMFY_ROOMS = {"nodes", "host"}
 CROSSINGS: dict[tuple[str, str], str] = {}
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
-LONG = {"tfmq/rounding/finetune.py", "tfmq/rounding/reconstruct.py"}  # being split
-# Named by docs/architecture.md, and on their way.
+LONG: set[str] = set()
 GONE: set[str] = set()
 ELSEWHERE = {"kernels.json"}  # in the user's cache folder
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from support.rounding import four_bit_layers
-from tfmq.rounding.finetune import Settings, Tuned, _Recomputed, _Work, finetune
-from tfmq.rounding.reconstruct import Source, reconstruct
+from tfmq.rounding.finetune import Settings, Tuned, _Work, finetune
+from tfmq.rounding.recompute import Recomputed
+from tfmq.rounding.reconstruct import reconstruct
+from tfmq.rounding.samples import Source
 from tfmq.scheme import DYNAMIC, STATIC
 from tfmq.state import Rounded
 
@@ -202,7 +204,7 @@ def test_a_unit_that_writes_in_place_has_the_gradient_of_one_that_does_not() -> 
     found = []
     for in_place in (False, True):
         values = [x.clone().requires_grad_(), w.clone().requires_grad_()]
-        (y,) = _Recomputed.apply(lambda v, p=in_place: unit(v, p), [], *values)
+        (y,) = Recomputed.apply(lambda v, p=in_place: unit(v, p), [], *values)
         found.append(torch.autograd.grad(y.square().sum(), values))
     plain = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     wanted = torch.autograd.grad(unit(plain, False)[0].square().sum(), plain)

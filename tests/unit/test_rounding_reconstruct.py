@@ -18,7 +18,8 @@ from tfmq.formats import int4
 from tfmq.geometry import Geometry
 from tfmq.rounding.adaround import Settings
 from tfmq.rounding.layer import Layer, Rows
-from tfmq.rounding.reconstruct import Result, Source, reconstruct
+from tfmq.rounding.reconstruct import Result, reconstruct
+from tfmq.rounding.samples import Source
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 
 ROWS, INTERVALS = 64, 3

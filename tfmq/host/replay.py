@@ -13,7 +13,7 @@ from comfy.patcher_extension import copy_nested_dicts
 from torch import Tensor
 
 from ..observe.samples import Samples
-from ..rounding.reconstruct import Source
+from ..rounding.samples import Source
 from .model import release
 
 

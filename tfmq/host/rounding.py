@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from ..errors import TfmqError
 from ..files import VERSION
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
-from ..rounding import reconstruct as driver
 from ..rounding.efforts import BALANCED, BEST_PLUS, EFFORTS, NEAREST
 from ..rounding.finetune import finetune
 from ..rounding.layer import Layer
 from ..rounding.precision import product_dtype
-from ..rounding.progress import PARTS
+from ..rounding.progress import PARTS, Progress
+from ..rounding.reconstruct import Result, reconstruct
 from ..scheme import INT, STATIC, Plan
 from ..solve.layer import as_multiplied, as_multiplying, folded
 from .calibrate import FOLDER
@@ -35,7 +35,6 @@ from .network import Network
 from .replay import replayed
 from .temporal.quantize import FLOAT
 
-Progress = Callable[[int, int, float], None]
 BALANCED_SHARE = 0.75  # of the time of best+, that is spent on balanced
 
 
@@ -48,7 +47,7 @@ def run(
     progress: Progress,
     folder: Path | None = None,
     **options: Any,
-) -> driver.Result:
+) -> Result:
     """Round the weights, those of 8 bits included, LoRA patches merged.
 
     grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `EFFORTS`. progress:
@@ -91,7 +90,7 @@ def run(
         folder = _folder(calibration, plan, preset, dtype, options)
     with replayed(network.patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
         source, options = replay.source(), {"dtype": dtype} | options
-        result = driver.reconstruct(
+        result = reconstruct(
             network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
         )
         if plus:

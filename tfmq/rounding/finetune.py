@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,16 +31,18 @@ from torch import Tensor, nn
 from ..state import Rounded
 from . import tree
 from .adaround import Draw, Group, fit
-from .forwards import plain_parameters
+from .forwards import Forwards, plain_parameters
 from .layer import Layer, Rows
-from .reconstruct import HELD_OUT, Progress, Source, outputs
+from .progress import Progress
+from .recompute import Recomputed
+from .samples import HELD_OUT, Source
 from .units import find_units
+from .variables import Variable, Variables
 
 WEIGHTS = 1 << 30  # bytes of decoded weights that are kept between steps
 LEAST = 1e-4  # of the largest error of an interval, that another one's counts at least
 CERTAIN = 2.0  # standard errors that the gain on held-out rows must have
 BACKWARD = 4  # passes that a step with its backward, and what that computes again, takes
-SMALLEST = 1e-3  # root mean square of a bias, from which its rate is taken
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,6 @@ class Tuned:
 
 class _Stopped(Exception):
     """The loss is no number any more."""
-
-
-@dataclass(eq=False)
-class _Variable:
-    """Something that is trained: `leaf`, which lies at 0 in the beginning, and where its value goes."""
-
-    leaf: Tensor
-    rate: float
-    holder: dict[str, Any]
-    name: str
-    value: Callable[[Tensor], Tensor]
 
 
 def finetune(
@@ -122,9 +113,8 @@ class _Work:
         self.layers, self.start, self.source, self.device = layers, start, source, device
         self.temporal, self.settings, self.dtype, self.seed = temporal, settings, dtype, seed
         self.progress, self.began, self.spent, self.total = progress, time.monotonic(), 0, 0
-        self.variables: dict[tuple[str, str], _Variable] = {}
         self.units = {unit.path: unit for unit in find_units(network, list(layers))}
-        self.owned: dict[str, list[_Variable]] = {}
+        self.variables = Variables(self.modules, layers, start, self.units)
         # What the network's modules read while they run.
         self.rows: Rows | None = None  # None: in float
         self.product_dtype = torch.float32
@@ -135,22 +125,16 @@ class _Work:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        before: list[tuple[nn.Module, Any]] = []
+        forwards = Forwards()
         kept = [(layer, dict(vars(layer))) for layer in self.layers.values()]
         makers: list[tuple[str, Callable[[str, Any], Any]]] = [(path, self._layer_forward) for path in self.layers]
         makers += [*((path, self._unit_forward) for path in self.units), ("", self._network_forward)]
         try:
             for path, make in makers:
-                module = self.modules[path]
-                before.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = make(path, module.forward)
+                forwards.replace(self.modules[path], partial(make, path))
             yield
         finally:
-            for module, forward in reversed(before):
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
+            forwards.restore()
             for layer, values in kept:
                 vars(layer).update(values)
 
@@ -168,7 +152,7 @@ class _Work:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.rows is None or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            return self._recomputed(original, self.owned.get(path, []), args, kwargs)
+            return self._recomputed(original, self.variables.owned.get(path, []), args, kwargs)
 
         return forward
 
@@ -176,12 +160,12 @@ class _Work:
         def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree.map_tensors((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
             result = original(*args, **kwargs)
-            self.prediction = outputs(result)
+            self.prediction = tree.outputs(result)
             return result
 
         return forward
 
-    def _recomputed(self, original: Any, owned: list[_Variable], args: Any, kwargs: Any) -> Any:
+    def _recomputed(self, original: Any, owned: list[Variable], args: Any, kwargs: Any) -> Any:
         """The unit's result, with nothing kept for backward but its inputs."""
         rows, dtype = self.rows, self.product_dtype
         given = [t for t in tree.tensors((args, kwargs)) if t.is_floating_point()]
@@ -203,7 +187,7 @@ class _Work:
                     one.holder[one.name] = value
                 self.rows, self.product_dtype = before[1:]
 
-        found = iter(_Recomputed.apply(run, box, *given, *(one.holder[one.name] for one in owned)))
+        found = iter(Recomputed.apply(run, box, *given, *(one.holder[one.name] for one in owned)))
         return tree.map_tensors(box.pop(), lambda t: next(found) if t.is_floating_point() else t)
 
     # ---- the way ---------------------------------------------------------------------------------------------------
@@ -213,8 +197,12 @@ class _Work:
         floating = {self.modules[path] for path in self.layers}
         with plain_parameters(self.network, floating, self.device, widen=False):
             self._decode()
-            self._make_variables()
-            self._put()
+            s = self.settings
+            self.variables.make(
+                self.temporal, self.device,
+                activation_rate=s.activation_rate, weight_rate=s.weight_rate, bias_rate=s.bias_rate,
+            )  # fmt: skip
+            self.variables.put()
             start = self._weigh(teaching, held)
             before = float(start.mean())
             best, after, note = None, start, ""
@@ -224,19 +212,19 @@ class _Work:
                 try:
                     for errors in self._train(teaching, held):
                         if errors.mean() < after.mean():
-                            best, after = [one.leaf.detach().clone() for one in self.variables.values()], errors
+                            best, after = [one.leaf.detach().clone() for one in self.variables.all.values()], errors
                 except _Stopped:
                     note = "fine-tuning diverged and was stopped"
             gain = start - after
             if best is None or gain.mean() < CERTAIN * gain.std(correction=0) / math.sqrt(len(gain)):
                 note = note or "fine-tuning found nothing that is certainly better"
                 return Tuned(self.start, {}, (before, before), f"{note}: balanced kept")
-            for one, leaf in zip(self.variables.values(), best, strict=True):
+            for one, leaf in zip(self.variables.all.values(), best, strict=True):
                 one.leaf = leaf
             end = float(after.mean())
             note = f"{note}; " if note else ""
             note += f"fine-tuned: error of the prediction {math.sqrt(end / before):.3f} of what it was"
-            return Tuned(*self._result(note), (before, end), note)
+            return Tuned(*self.variables.result(note), (before, end), note)
 
     def _groups(self) -> tuple[list[Group], list[Group]]:
         """Rows that teach and rows that judge, with what the float network predicts. args: numbers of the rows."""
@@ -307,39 +295,6 @@ class _Work:
                 layer.trained = layer.weight(self.device)
                 left -= size
 
-    def _make_variables(self) -> None:
-        s = self.settings
-        for path in self.start:
-            layer = self.layers[path]
-            if layer.act_scale is not None:
-                scale = layer.act_scale.to(self.device)
-                self._add(path, "act_scale", torch.zeros_like(scale), s.activation_rate, partial(_scaled, scale))
-            one = torch.ones(layer.geometry.shape[0], device=self.device)
-            self._add(path, "gain", torch.zeros_like(one), s.weight_rate, partial(_scaled, one))
-            if layer.bias is not None:
-                self._add_bias(path, layer.bias.to(self.device))
-        for path in self.temporal:
-            bias = self.modules[path]._parameters.get("bias")
-            if bias is not None:
-                self._add_bias(path, bias)
-
-    def _add_bias(self, path: str, bias: Tensor) -> None:
-        size = bias.float().square().mean().sqrt().clamp_min(SMALLEST)
-        start = torch.zeros_like(bias, dtype=torch.float32)
-        self._add(path, "bias", start, self.settings.bias_rate, partial(_shifted, bias, size))
-
-    def _add(self, path: str, name: str, leaf: Tensor, rate: float, value: Callable[[Tensor], Tensor]) -> None:
-        holder: dict[str, Any] = vars(self.layers[path]) if path in self.layers else self.modules[path]._parameters
-        one = _Variable(leaf.detach().requires_grad_(), rate, holder, name, value)
-        self.variables[path, name] = one
-        for unit in self.units:
-            if path == unit or path.startswith(f"{unit}."):
-                self.owned.setdefault(unit, []).append(one)
-
-    def _put(self) -> None:
-        for one in self.variables.values():
-            one.holder[one.name] = one.value(one.leaf)
-
     def _call(self, indices: Tensor, _: Any, rows: Rows, dtype: torch.dtype) -> list[Tensor]:
         self.rows, self.product_dtype = rows, dtype
         indices = indices.cpu()
@@ -358,7 +313,7 @@ class _Work:
 
     def _train(self, teaching: Sequence[Group], held: Sequence[Group]) -> Iterator[Tensor]:
         """Trains, and yields the errors of the held-out rows now and then."""
-        s, variables = self.settings, list(self.variables.values())
+        s, variables = self.settings, list(self.variables.all.values())
         optimizer = torch.optim.Adam([{"params": [one.leaf], "lr": one.rate} for one in variables])
         draw = Draw(teaching, self.seed)
         for step in range(1, s.iterations + 1):
@@ -367,12 +322,12 @@ class _Work:
             part = draw.take(s.batch, self.device)
             optimizer.zero_grad()
             with torch.enable_grad():
-                fit(self._call, part, self.dtype, self._put)
+                fit(self._call, part, self.dtype, self.variables.put)
             if not all(one.leaf.grad is None or bool(torch.isfinite(one.leaf.grad).all()) for one in variables):
                 raise _Stopped
             optimizer.step()
             if step % s.every == 0 or step == s.iterations:
-                self._put()
+                self.variables.put()
                 yield self._errors(held)
 
     def _tell(self, rows: int) -> None:
@@ -380,68 +335,3 @@ class _Work:
         self.spent = min(self.spent + rows, self.total)
         left = (time.monotonic() - self.began) * (self.total - self.spent) / self.spent
         self.progress(self.spent, self.total, left)
-
-    def _result(self, note: str) -> tuple[dict[str, Rounded], dict[str, Tensor]]:
-        found, biases = {}, {}
-        for path, rounded in self.start.items():
-            changed: dict[str, Any] = {"note": f"{rounded.note}; {note}"}
-            if (path, "act_scale") in self.variables:
-                one = self.variables[path, "act_scale"]
-                zero = self.layers[path].act_zero_point
-                assert zero is not None
-                changed |= {"act_scale": one.value(one.leaf).cpu(), "act_zero_point": zero.cpu()}
-            gain = self.variables[path, "gain"].leaf.exp().cpu()
-            changed["scale"] = rounded.scale * gain
-            found[path] = replace(rounded, **changed)
-        for (path, name), one in self.variables.items():
-            if name == "bias":
-                before = one.value(torch.zeros_like(one.leaf)).float()
-                biases[path] = (one.value(one.leaf).float() - before).cpu()
-        return found, biases
-
-
-def _scaled(start: Tensor, move: Tensor) -> Tensor:
-    return start * move.exp()
-
-
-def _shifted(start: Tensor, size: Tensor, move: Tensor) -> Tensor:
-    return (start.float() + move * size).to(start.dtype)
-
-
-class _Recomputed(torch.autograd.Function):
-    """A unit as a function of tensors that is run again in backward. box: takes the tree that it gives back.
-
-    torch's own checkpointing does not notice a unit that writes in place to what its gradient needs (Flux); here such a
-    one is repeated with copies.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[Sequence[Tensor]], Any], box: list[Any], *values: Tensor) -> Any:
-        ctx.run = run
-        ctx.save_for_backward(*values)
-        box.append(run(values))
-        return tuple(outputs(box[0]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        needed = ctx.needs_input_grad[2:]
-
-        def again() -> Iterator[Tensor | None]:
-            values = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
-            with torch.enable_grad():
-                found = outputs(ctx.run(values))
-            pairs = [(y, g) for y, g in zip(found, gradients, strict=True) if g is not None and y.requires_grad]
-            wanted = [value for value, n in zip(values, needed, strict=True) if n]
-            if not pairs or not wanted:
-                return iter([None] * len(wanted))
-            ys, gs = zip(*pairs, strict=True)
-            return iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True))
-
-        try:
-            result = again()
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                result = again()
-        return None, None, *(next(result) if n else None for n in needed)

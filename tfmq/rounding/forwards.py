@@ -1,13 +1,33 @@
-"""A module whose parameters can take part in training, whatever the host made of them."""
+"""Modules while they are worked on: forwards that are replaced, and parameters that can take part in training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+
+class Forwards:
+    """Forwards of modules that stand in for their own until `restore`."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def replace(self, module: nn.Module, make: Callable[[Any], Any]) -> None:
+        """make: forward that is there -> forward."""
+        self._before.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = make(module.forward)
+
+    def restore(self) -> None:
+        for module, before in reversed(self._before):
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+        self._before.clear()
 
 
 @contextmanager

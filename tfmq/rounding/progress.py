@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 
 PARTS = 10_000
+Progress = Callable[[int, int, float], None]  # called with (done, total, seconds left)
 BASE = 10.0  # what error feedback of a unit costs, in steps of learning it
 
 
 class Countdown:
-    """Progress in parts of the whole work. tell: called with (done, total, seconds left); sizes: weights per unit."""
+    """Progress in parts of the whole work. sizes: weights per unit."""
 
-    def __init__(self, tell: Callable[[int, int, float], None], sizes: dict[str, int], steps: int) -> None:
+    def __init__(self, tell: Progress, sizes: dict[str, int], steps: int) -> None:
         self.tell, self.sizes, self.steps = tell, sizes, steps
         self.spent = dict.fromkeys(sizes, 0.0)
         self.total = sum(sizes.values()) * (BASE + steps)

@@ -30,6 +30,11 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def outputs(result: Any) -> list[Tensor]:
+    """The floating tensors that a module gives back."""
+    return [tensor for tensor in tensors(result) if tensor.is_floating_point()]
+
+
 def nbytes(value: Any) -> int:
     """Bytes of the distinct tensors of a tree."""
     return sum({id(t): t.nbytes for t in tensors(value)}.values())
