@@ -144,3 +144,24 @@ def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
             assert layer.sample is not None
             found = patchers.module("tfmq.host.leaf.layout").codes_of(patchers.leaves(mixed)[name].weight._qdata)
             assert torch.equal(layer.weight8.codes, found)
+
+
+def test_ranges_over_time_are_learnt_once_for_rounding_and_leaves(base, calibration, monkeypatch):
+    quantize, tdq = patchers.module("tfmq.host.quantize"), patchers.module("tfmq.decide.tdq")
+    rounding, result = patchers.module("tfmq.host.rounding"), patchers.module("tfmq.rounding.reconstruct").Result
+    learnt, layers, fit = [], {}, tdq.fit
+
+    def fitted(*args, **options):
+        learnt.append(fit(*args, steps=3, **options))
+        return learnt[-1]
+
+    def rounded(network, read, plan, grids, *_):
+        layers.update(rounding.layers_of(network, read, plan, grids))
+        return result({}, {}, 0, 0)
+
+    monkeypatch.setattr(tdq, "fit", fitted)
+    monkeypatch.setattr(quantize, "reconstruct", rounded)
+    leaves = patchers.leaves(patchers.quantize(base, calibration, "W4A8", ranges="tdq", effort="fast"))
+    assert len(learnt) == 1
+    static = [path for path, leaf in leaves.items() if leaf.act_scale is not None]
+    assert static and all(torch.equal(layers[path].act_scale, leaves[path].act_scale) for path in static)

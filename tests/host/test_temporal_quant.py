@@ -298,6 +298,6 @@ def test_an_interrupt_stops_it_and_leaves_nothing(base, calibration, monkeypatch
 
 @pytest.mark.parametrize("model", [tiny.SDXL, tiny.FLUX, tiny.WAN], ids=lambda m: m.name)
 def test_other_models_are_sent_to_the_cache(model):
-    patcher = patchers.load(model)
+    network = patchers.module("tfmq.host.network").Network.of(patchers.load(model))
     with pytest.raises(patchers.TfmqError, match="TFMQ Temporal Cache"):
-        temporal_quant.solve(patcher, patcher.model.diffusion_model, INT8, TimeAxis(0, 999), lambda *_: None)
+        temporal_quant.solve(network, INT8, TimeAxis(0, 999), lambda *_: None)
