@@ -1,1 +1,1 @@
-"""Quantization of diffusion models with integer arithmetic; runs with torch alone. `tfmq.host` is the ComfyUI side."""
+"""Quantization of diffusion models with integer arithmetic, on torch alone; ComfyUI only in `nodes` and `host`."""

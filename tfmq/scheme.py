@@ -10,7 +10,7 @@ from .words import Choice
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
 AUTO = "auto"
 ACTIVATIONS = {
-    AUTO: Choice("whichever the calibrated errors and the cost on this machine favour"),
+    AUTO: Choice("per layer, by the calibrated errors and the cost on this machine"),
     STATIC: Choice("a range per interval, from the calibration"),
     DYNAMIC: Choice("a range per token, found at run time"),
 }
@@ -123,11 +123,11 @@ RECIPES = {
     "W4A8": Choice("4-bit weights, half the size", Recipe("W4A8", weight_bits=4)),
     "W4A16": Choice("4-bit weights, computes in float", Recipe("W4A16", weight_bits=4, activation_bits=16)),
     "W4A16 NF4": Choice(
-        "the same, Linear layers by bitsandbytes",
+        "the same, with Linear layers in NF4 by bitsandbytes",
         Recipe("W4A16 NF4", weight_bits=4, activation_bits=16, weight_format=NF4),
     ),
     "W4A16 FP4": Choice(
-        "the same, in its other format",
+        "the same, with Linear layers in FP4 by bitsandbytes",
         Recipe("W4A16 FP4", weight_bits=4, activation_bits=16, weight_format=FP4),
     ),
     UNDER_A_SIZE: Choice("4, 8 or 16 bits per layer, at most size_mb", Recipe(UNDER_A_SIZE, mixed=True)),

@@ -84,14 +84,15 @@ TENSORS = tuple(field.name for field in fields(LayerState))[3:]
 
 @dataclass(frozen=True)
 class Rounded(_Tensors):
-    """What `rounding` found for one layer: codes uint8 [N, K'] on a `Grid`, here with its fields apart; the activation
-    table where that was tuned too, and a few words on how it went."""
+    """What the weight of one layer was rounded to: at 8 bits codes int8 [N, K, ...] and scale float32 [N], at 4 codes
+    uint8 [N, K'] on a `Grid`, here with its fields apart; the activation table where that was tuned too, and a few
+    words on how it went."""
 
     codes: Tensor
     scale: Tensor
-    factor: Tensor
-    zero: Tensor
-    group: int
+    factor: Tensor | None = None
+    zero: Tensor | None = None
+    group: int = 0
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     note: str = ""
@@ -99,10 +100,12 @@ class Rounded(_Tensors):
     @classmethod
     def from_tensors(cls, group: int, note: str, tensors: Mapping[str, Tensor]) -> Rounded:
         """The inverse of `tensors`. Raises KeyError with the name of one that is missing."""
-        return cls(group=group, note=note, **_checked(tensors, GROUPED))
+        return cls(group=group, note=note, **_checked(tensors, GROUPED if group else ()))
 
     @property
     def grid(self) -> Grid:
+        """Of 4 bits."""
+        assert self.factor is not None and self.zero is not None
         return Grid(self.scale, self.factor, self.zero, self.group)
 
 

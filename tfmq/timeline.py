@@ -1,4 +1,4 @@
-"""The time axis, its partition into intervals, and the clock that tells the leaves where a run is.
+"""The time axis, its partition into intervals, and the clock that tells where on it a run is.
 
 Everything that varies over time is a function on the axis, never of a step counter, so that a calibration holds for
 any sampler, scheduler and number of steps.
@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .runtime.grids import Grids
-from .runtime.shared_input import LastInput
 
 
 @dataclass(frozen=True)
@@ -74,23 +71,19 @@ class Partition:
 class Moment:
     """Where the model call that now runs on one device is. index: its interval, int64 [1], written in place.
 
-    branches: which equal share of the batch is conditional (0) and which unconditional (1), in order. grids: of all
-    leaves there. leader: the thread whose calls on this device set it.
+    branches: which equal share of the batch is conditional (0) and which unconditional (1), in order. leader: the
+    thread whose calls on this device set it.
     """
 
     def __init__(self, index: Tensor, branches: tuple[int, ...]) -> None:
         self.index = index
         self.branches = branches
-        self.last_input = LastInput()
-        self.grids = Grids(index)
         self.leader: weakref.ref[threading.Thread] | None = None
 
     def move(self, index: Tensor, branches: tuple[int, ...]) -> None:
         """To another interval, int64 [1]."""
         self.branches = branches
-        self.last_input.drop()
         self.index.copy_(index)
-        self.grids.gather()
 
     def follows(self, thread: threading.Thread) -> bool:
         """Whether a call in `thread` on another device moves this one too: no other thread has calls here."""
@@ -99,12 +92,14 @@ class Moment:
 
 
 class Clock:
-    """The interval of the model call now running, as a device tensor that all leaves of a model there share.
+    """The interval of the model call now running, as a device tensor that all layers of a model there share.
 
     A tensor, because a Python number read inside a layer would force a device sync per layer and would be frozen into
     a compiled or captured graph. There is a moment per device: with several GPUs the host runs calls of one model at
     the same time, in a thread for each.
     """
+
+    moment: type[Moment] = Moment
 
     def __init__(self, axis: TimeAxis, partition: Partition) -> None:
         self.axis = axis
@@ -142,11 +137,11 @@ class Clock:
                 with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                     index = torch.empty(1, dtype=torch.int64, device=device)
                 index.copy_(torch.tensor([self.partition.count - 1]) if last is None else last.index)
-                self._moments[device] = Moment(index, (0,) if last is None else last.branches)
+                self._moments[device] = self.moment(index, (0,) if last is None else last.branches)
             return self._moments[device]
 
     def __deepcopy__(self, memo: dict) -> Clock:
-        return self  # a copied leaf still belongs to the run of its model
+        return self  # a copied layer still belongs to the run of its model
 
     def __getstate__(self) -> dict[str, Any]:
         where = {device: (moment.index, moment.branches) for device, moment in self._moments.items()}
@@ -154,4 +149,4 @@ class Clock:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["axis"], state["partition"])  # type: ignore[misc]
-        self._moments = {device: Moment(*where) for device, where in state["where"].items()}
+        self._moments = {device: self.moment(*where) for device, where in state["where"].items()}

@@ -12,9 +12,10 @@ from bench.speed.networks import chain_norms, kept_in_float, put
 from tfmq.formats.affine import affine_grid, channel_scale, quantize_weight
 from tfmq.geometry import Geometry, geometry_of
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 
 def quantize(network: nn.Module, inputs: tuple[Any, ...]) -> int:
@@ -39,7 +40,7 @@ def quantize(network: nn.Module, inputs: tuple[Any, ...]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    clock = Clock(TimeAxis(0.0, 999.0), Partition.uniform(1))
+    clock = RunState(TimeAxis(0.0, 999.0), Partition.uniform(1))
     count = 0
     for path, (low, high) in ends.items():
         module = layers.pop(path)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from bench.temporal.error import outputs_of
+from bench.temporal.error import outputs_of, selected_features
 from tfmq.temporal.features import temporal_graph
 from tfmq.temporal.fsc import FiniteSet, QuantizedTib, calibrated
-from tfmq.temporal.selection import select, selected_features
+from tfmq.temporal.selection import select
 from tfmq.temporal.tiar import tiar
 from tfmq.timeline import TimeAxis
 

@@ -27,10 +27,12 @@ from tfmq.kernels.table import costs_of
 from tfmq.observe.calibration import Calibration
 from tfmq.observe.model import ModelObserver
 from tfmq.runtime import norm_silu_conv
+from tfmq.runtime.fused import GATED
 from tfmq.runtime.key_padding import whole_vectors
 from tfmq.runtime.leaf import LeafCore, QuantConv2d, QuantLinear
 from tfmq.runtime.packed_codes import PackedCodes
 from tfmq.runtime.row_blocks import gated_blocks, in_blocks, suits
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import PRESETS
 from tfmq.solve.layer import solve_layer
 from tfmq.temporal.tib import boundary_layers, find_tib
@@ -112,7 +114,7 @@ def _ours(recipe: str, config: unet.Config, device: torch.device, cache: Path) -
     kinds = {path: "conv2d" if isinstance(m, nn.Conv2d) else "linear" for path, m in layers.items()}
     geometries = [g for g in map(geometry_of, layers.values()) if isinstance(g, Geometry)]
     plan = decide(PRESETS[recipe], calibration, kinds, keep, costs_of(device, geometries))
-    clock = Clock(axis, partition)
+    clock = RunState(axis, partition)
     for path, scheme in plan.layers.items():
         module = layers.pop(path)
         state = solve_layer(scheme, calibration.layers[path], module.weight, plan.recipe.ranges)
@@ -161,7 +163,7 @@ def chain_norms(network: nn.Module) -> None:
 
 def _feed_forward(first: Any, _dropout: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     """As tfmq.host.faster.feed_forward has it."""
-    y: Tensor = second(first.proj(x, gated=True))
+    y: Tensor = second(first.proj(x, GATED))
     return y
 
 

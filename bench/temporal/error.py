@@ -6,7 +6,7 @@ The temporal path is quantized and everything else left in float, so the picture
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from demo import checkpoint as demo_checkpoint
 from devkit import inprocess
 from tfmq.temporal.curve import fit as fit_curve
-from tfmq.temporal.curve import layer_functions
 from tfmq.temporal.features import TemporalGraph, temporal_graph
 from tfmq.temporal.fsc import FiniteSet, QuantizedTib, nearest_tib
-from tfmq.temporal.selection import CACHE8, CACHE16, Selection, feature_errors, select, selected_features
+from tfmq.temporal.selection import CACHE8, CACHE16, Selection, feature_errors, int8_rows, select
 from tfmq.temporal.tiar import tiar
 from tfmq.timeline import TimeAxis
 
@@ -129,6 +128,37 @@ def figures(
         "worst_mismatch": max(e.worst_mismatch for e in errors.values()),
         "layers": {p: e.total_rel_l2 for p, e in errors.items()},
     }
+
+
+def layer_functions(graph: TemporalGraph) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Output path -> its feature as a function of t, one layer at a time to need the memory of one alone."""
+    before = {path: graph.layers[path] for path in graph.embedder}
+
+    def function(path: str) -> Callable[[Tensor], Tensor]:
+        small = TemporalGraph({**before, path: graph.layers[path]}, graph.embed)
+        return lambda t: small.features(t)[path]
+
+    return {path: function(path) for path in graph.outputs}
+
+
+def selected_features(
+    selection: Selection, graph: TemporalGraph, times: FiniteSet, tibs: Mapping[str, QuantizedTib]
+) -> dict[str, Tensor]:
+    """What a selection gives at all timesteps of the finite set: output path -> float32 [T, N]."""
+    count = times.points.numel()
+    intervals = len(next(iter(next(iter(selection.candidates.values())).values())).rel_l2)
+    interval = torch.arange(count, device=times.points.device) * intervals // count
+    floats = graph.features(times.points)
+    family = tibs[selection.embedder].features(times.points) if selection.embedder in tibs else floats
+    out = {}
+    for path, choice in selection.choices.items():
+        caches = {CACHE8: lambda f: int8_rows(f)[0], CACHE16: lambda f: f.half().float()}
+        value = caches[choice.base](floats[path]) if choice.base in caches else family[path]
+        if choice.cached:
+            where = torch.isin(interval, torch.tensor(choice.cached, device=interval.device)).unsqueeze(1)
+            value = torch.where(where, caches[choice.rows](floats[path]), value)
+        out[path] = value
+    return out
 
 
 def outputs_of(features: Mapping[str, Tensor], graph: TemporalGraph) -> dict[str, Tensor]:

@@ -104,14 +104,37 @@ def test_the_report_comes_back_as_a_plan(base, calibration):
         patchers.quantize(base, calibration, "W4A8", plan='{"layers": {"nowhere": 4}}')
 
 
-def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
-    reconstruct = patchers.module("tfmq.host.rounding")
-    solve = patchers.module("tfmq.solve.layer")
+def some_in_eight(base, calibration):
+    """Changes to the plan of W4A8, and the layers that they leave in 8 bits."""
     data = json.loads(patchers.nodes.Quantize.execute(base, calibration, "W4A8").args[2])
     names = list(data["plan"]["layers"])[::3]
     data["plan"]["layers"] |= dict.fromkeys(names, 8)
+    return json.dumps(data), names
+
+
+def test_a_weight_of_8_bits_is_rounded_once(base, monkeypatch):
+    calibration = patchers.calibrate(base, positives={f"positive{i}": patchers.conditioning(i) for i in range(4)})
+    gptq8 = patchers.module("tfmq.solve.gptq8")
+    changes, names = some_in_eight(base, calibration)
+    calls, compensated = [], gptq8.compensated
+    monkeypatch.setattr(gptq8, "compensated", lambda *about: calls.append(about) or compensated(*about))
+    codes = {}
+    for effort in ("nearest", "fast"):
+        made = patchers.quantize(base, calibration, "W4A8", plan=changes, effort=effort)
+        assert len(calls) == widths(made)[8] >= len(names)
+        calls.clear()
+        codes[effort] = {path: leaf.weight._qdata for path, leaf in patchers.leaves(made).items()}
+        wide = [path for path, leaf in patchers.leaves(made).items() if leaf.scheme.weight_bits == 8]
+    assert all(torch.equal(codes["nearest"][path], codes["fast"][path]) for path in wide)
+    assert not all(torch.equal(codes["nearest"][path], codes["fast"][path]) for path in codes["fast"])
+
+
+def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
+    reconstruct = patchers.module("tfmq.host.rounding")
+    solve = patchers.module("tfmq.solve.layer")
+    changes, names = some_in_eight(base, calibration)
     with torch.inference_mode():
-        mixed = patchers.quantize(base, calibration, "W4A8", plan=json.dumps(data))
+        mixed = patchers.quantize(base, calibration, "W4A8", plan=changes)
         read, plan = calibration.load(), mixed.attachments["tfmq"].plan
         network = patchers.module("tfmq.host.network").Network.of(base)
         layers = reconstruct.layers_of(network, read, plan, {})
@@ -120,4 +143,4 @@ def test_rounding_sees_the_8_bit_weights_that_the_model_gets(base, calibration):
             layer.round_to_8_bits(solve.as_multiplied(plan.layers[name], read.layers[name], weight.float()))
             assert layer.sample is not None
             found = patchers.module("tfmq.host.leaf.layout").codes_of(patchers.leaves(mixed)[name].weight._qdata)
-            assert torch.equal(layer.weight8[0], found)
+            assert torch.equal(layer.weight8.codes, found)

@@ -13,6 +13,7 @@ rowwise = patchers.module("tfmq.runtime.row_blocks")
 store = patchers.module("tfmq.host.store")
 onednn = patchers.module("tfmq.kernels.onednn")
 table = patchers.module("tfmq.kernels.table")
+fused = patchers.module("tfmq.runtime.fused")
 geometry = patchers.module("tfmq.geometry")
 
 pytestmark = pytest.mark.rounding
@@ -133,7 +134,7 @@ def test_a_lora_on_the_layer_comes_before_its_gate(quantized):
         before = leaf(x)
         leaf.hooked = torch.randn(leaf.out_features, leaf.in_features) / leaf.in_features**0.5
         try:
-            torch.testing.assert_close(leaf(x, gated=True), geometry.geglu(leaf(x)))
+            torch.testing.assert_close(leaf(x, fused.GATED), geometry.geglu(leaf(x)))
             assert float((leaf(x) - before).norm() / before.norm()) > 0.5
         finally:
             leaf.hooked = None

@@ -8,7 +8,7 @@ import torch
 
 from support import patchers
 
-last_input = patchers.module("tfmq.runtime.shared_input")
+shared_input = patchers.module("tfmq.runtime.shared_input")
 store = patchers.module("tfmq.host.store")
 
 
@@ -16,16 +16,15 @@ store = patchers.module("tfmq.host.store")
 def made(monkeypatch):
     """Leaf -> how often it made codes that others may use."""
     found = Counter()
-    codes = last_input.LastInput.codes
+    read = shared_input.SharedInput.read
 
-    def counted(self, own, x, backend, quantize):
-        def made():
+    def counted(self, own, x, backend):
+        shares = read(self, own, x, backend)
+        if shares and self.codes is None:
             found[own] += 1
-            return quantize()
+        return shares
 
-        return codes(self, own, x, backend, made)
-
-    monkeypatch.setattr(last_input.LastInput, "codes", counted)
+    monkeypatch.setattr(shared_input.SharedInput, "read", counted)
     return found
 
 
@@ -54,7 +53,7 @@ def test_q_k_and_v_quantize_their_input_once(base, calibration, made, monkeypatc
         # The host repeats a picture with nothing of its own in a batch, so 3 steps are 3 calls.
         assert counts == ([3, 0, 0] if "attn1" in path else [0, 3, 0]), path
     assert sum(made.values()) == 3 * len(several)
-    monkeypatch.setattr(last_input.LastInput, "codes", lambda *_: None)
+    monkeypatch.setattr(shared_input.SharedInput, "read", lambda *_: False)
     assert torch.equal(patchers.sample(quantized, steps=3), found)
 
 

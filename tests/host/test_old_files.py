@@ -57,7 +57,7 @@ def picture(patcher, model):
 
 def digest(leaf):
     """Of the codes, all that belongs to them, and the activation tables."""
-    found, weight, tables = hashlib.sha256(), leaf.weight, leaf._tables()
+    found, weight, tables = hashlib.sha256(), leaf.weight, leaf.tables.tensors
     parts = [weight._qdata, *(getattr(weight._params, name) for name in weight._params._tensor_fields())]
     for tensor in (*parts, *(tables[name] for name in sorted(tables))):
         found.update(bytes(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))))

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from support import patchers
 
 import comfy.memory_management  # isort: skip
 import comfy.model_management  # isort: skip
+import comfy.model_patcher  # isort: skip
 import comfy.ops  # isort: skip
 import comfy.sd  # isort: skip
 import comfy.utils  # isort: skip
@@ -88,7 +88,7 @@ def test_the_patcher_is_new_to_the_host_and_has_its_true_size(base, quantized):
         assert quantized.model.get_submodule(f"diffusion_model.{path}") is leaf
         assert leaf.comfy_patched_weights is True, path
     loaded = comfy.model_management.module_size(quantized.model)
-    tables = sum(t.nbytes for leaf in patchers.leaves(quantized).values() for t in leaf._tables().values())
+    tables = sum(t.nbytes for leaf in patchers.leaves(quantized).values() for t in leaf.tables.tensors.values())
     assert quantized.model_size() == pytest.approx(loaded, rel=0.01)
     assert quantized.model_size() < 0.5 * base.model_size()
     assert 0 < tables < 0.01 * loaded
@@ -242,11 +242,13 @@ def test_the_tables_follow_the_input(quantized):
     """The host streams the parameters of a leaf that is not on the device, and leaves its buffers where they are."""
     found = set()
     for leaf in patchers.leaves(quantized).values():
-        if leaf._tables():  # a per-token layer without balance has none
+        if leaf.tables.tensors:  # a per-token layer without balance has none
             leaf = copy.deepcopy(leaf)
             reading = leaf.reading
             leaf._bring_tables(torch.device("meta"))
-            assert all(table.device.type == "meta" for table in leaf._tables().values()) and leaf.reading == reading
+            assert (
+                all(table.device.type == "meta" for table in leaf.tables.tensors.values()) and leaf.reading == reading
+            )
             found.add(leaf.geometry.is_conv)
     assert found == {False, True}
 
@@ -264,16 +266,13 @@ def test_what_dynamic_loading_puts_back_by_its_path_meets_no_leaf(base, quantize
     assert torch.equal(patchers.sample(quantized), expected)
 
 
-def test_small_layers_are_those_that_dynamic_loading_loads_whole():
-    layers = {"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}
-    assert list(patchers.module("tfmq.host.network").too_small(layers)) == ["small"]
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_small_layers_stay_in_float_where_loading_is_dynamic(dynamic):
-    model = SimpleNamespace(diffusion_model=nn.ModuleDict({"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)}))
-    found = patchers.module("tfmq.host.network").Network.of(SimpleNamespace(model=model, is_dynamic=lambda: dynamic))
-    assert list(found.keep) == (["small"] if dynamic else [])
+    model = nn.Module()
+    model.diffusion_model = nn.ModuleDict({"small": nn.Linear(128, 256), "large": nn.Linear(128, 257)})
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    patcher.is_dynamic = lambda: dynamic
+    assert list(patchers.module("tfmq.host.network").Network.of(patcher).keep) == (["small"] if dynamic else [])
 
 
 def test_the_hosts_own_saving_says_what_to_use(base, quantized, saved_by_the_host):

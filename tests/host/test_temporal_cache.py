@@ -322,7 +322,7 @@ def test_weights_in_the_hosts_own_int8():
 
 
 def test_temporal_layers_that_tfmq_has_quantized_are_left_alone():
-    class Leaf(host._HostLeaf):
+    class Leaf(host.HostLeaf):
         def __init__(self):
             torch.nn.Module.__init__(self)
 

@@ -31,9 +31,10 @@ from tfmq.kernels.triton.launch import Prepared, tuner
 from tfmq.kernels.triton.tune import Tile
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 SMALL = Tile(32, 32, 64, 1, 4, 2)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -338,7 +339,7 @@ def test_a_leaf_takes_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale = layer(geometry, 0)
     act = affine_grid(torch.full((4,), -0.3), torch.arange(1.0, 5.0))
     state = LayerState("conv2d", Scheme(activation=STATIC), geometry.shape, codes, scale, None, *act)
-    leaf = QuantConv2d(state, geometry, Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4)), torch.randn(6))
+    leaf = QuantConv2d(state, geometry, RunState(TimeAxis(0.0, 1000.0), Partition.uniform(4)), torch.randn(6))
     sequence = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), leaf).eval()
     with torch.inference_mode():
         x = torch.randn(2, 16, 4, 4) * 3
@@ -430,7 +431,7 @@ def test_a_compiled_leaf_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
     high = torch.arange(1.0, 5.0)
     scheme = Scheme(activation=STATIC)
     state = LayerState("conv2d", scheme, geometry.shape, codes, scale, None, *affine_grid(-high, high))
-    clock = Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4))
+    clock = RunState(TimeAxis(0.0, 1000.0), Partition.uniform(4))
     leaf = QuantConv2d(state, geometry, clock, torch.randn(6))
     graphs = []
 

@@ -29,21 +29,12 @@ COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths"
 COMFY_ROOMS = {"nodes", "host"}
 
 # What crosses a line today, and what it waits for. These tables only shrink: an entry that is not needed fails.
-CROSSINGS = {
-    ("timeline", "runtime.grids"): "the clock still holds the state of the leaves",
-    ("timeline", "runtime.shared_input"): "the clock still holds the state of the leaves",
-    ("host.store", "host.quantize"): "recording and attaching still stand beside quantizing",
-}
+CROSSINGS: dict[tuple[str, str], str] = {}
 LIMIT = 400
 WHOLE = {"tfmq/kernels/onednn.py"}  # one job
 LONG: set[str] = set()  # being split
-# Named by docs/architecture.md from before files moved; the page is being rewritten.
-GONE = {
-    "compensate.py", "decide.py", "grouped.py", "guidance.py", "host/attention.py", "host/feed_forward.py",
-    "host/norms.py", "host/precision.py", "last_input.py", "nodes_report.py", "norm_chain.py", "observe.py",
-    "quantizer.py", "rowwise.py", "solve.py", "swap.py", "triton_norm.py", "triton_ops.py", "triton_probe.py",
-    "triton_product.py", "triton_quantize.py", "triton_tune.py",
-}  # fmt: skip
+# Named by docs/architecture.md, and on their way.
+GONE: set[str] = set()
 ELSEWHERE = {"kernels.json"}  # in the user's cache folder
 
 CODE = ("tfmq", "bench", "demo", "devkit")

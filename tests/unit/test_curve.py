@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from bench.temporal.error import layer_functions
 from support.temporal import AXIS, small_graph
 from tfmq.errors import TfmqError
 from tfmq.temporal import curve
-from tfmq.temporal.curve import GRID, LOW_RANK, ROWS, Curve, fit, layer_functions
+from tfmq.temporal.curve import GRID, LOW_RANK, ROWS, Curve, fit
 from tfmq.timeline import TimeAxis
 
 

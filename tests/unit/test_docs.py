@@ -9,6 +9,11 @@ import pytest
 
 import dev
 from devkit.paths import ROOT, WORKFLOWS
+from tfmq.decide.grids import RANGES
+from tfmq.host.step_choice import RULES
+from tfmq.rounding.efforts import EFFORTS
+from tfmq.scheme import ACTIVATIONS, RECIPES
+from tfmq.words import Choices
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -108,6 +113,17 @@ def test_every_help_page_names_every_input_of_its_node():
             if _called(call) in ("Input", "combo") and call not in template:
                 name = call.args[0].value
                 assert f"`{name}`" in page.read_text(encoding="utf-8"), f"{page.name} says nothing about {name}"
+
+
+@pytest.mark.parametrize(
+    ("page", "choices"),
+    [
+        *(("Quantize", choices) for choices in (RECIPES, EFFORTS, RANGES, ACTIVATIONS)),
+        *((page, RULES) for page in ("Calibrate", "CalibrateCustom")),
+    ],
+)
+def test_help_pages_name_every_option(page: str, choices: Choices):
+    assert [name for name in choices if f"`{name}`" not in text(f"web/docs/TFMQ_{page}.md")] == []
 
 
 def test_every_example_workflow_has_a_thumbnail():

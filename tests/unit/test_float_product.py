@@ -9,9 +9,10 @@ from tfmq.formats.hadamard import rotate
 from tfmq.geometry import Geometry, StaticInput
 from tfmq.kernels import float_product, table
 from tfmq.runtime.leaf import QuantLinear
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -86,7 +87,7 @@ def test_a_rotated_leaf_multiplies_in_its_own_type(activation: str, monkeypatch:
     grids = affine_grid(torch.full((4,), -3.0), torch.full((4,), 3.0)) if activation == STATIC else (None, None)
     scheme = Scheme(activation=activation, rotation=16)
     state = LayerState("linear", scheme, GEOMETRY.shape, codes, scale, None, *grids)
-    leaf = QuantLinear(state, GEOMETRY, Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4)))
+    leaf = QuantLinear(state, GEOMETRY, RunState(TimeAxis(0.0, 1000.0), Partition.uniform(4)))
     x = torch.randn(7, 48, generator=torch.Generator().manual_seed(3)).half()
     y = leaf(x)
     assert seen == [torch.float16] and y.dtype == torch.float16

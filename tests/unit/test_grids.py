@@ -6,6 +6,7 @@ import threading
 import types
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,20 +19,21 @@ from tfmq.geometry import Geometry
 from tfmq.kernels.table import BACKENDS
 from tfmq.runtime.grids import SMALLEST
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 INTERVALS = 4
 MIDDLES = [(i + 0.5) * 1000 / INTERVALS for i in range(INTERVALS)]
 
 
-def clock() -> Clock:
-    return Clock(TimeAxis(0.0, 1000.0), Partition.uniform(INTERVALS))
+def clock() -> RunState:
+    return RunState(TimeAxis(0.0, 1000.0), Partition.uniform(INTERVALS))
 
 
-def leaf_of(on: Clock, seed: int = 0, conv: bool = False, branches: int = 1) -> QuantLinear | QuantConv2d:
+def leaf_of(on: RunState, seed: int = 0, conv: bool = False, branches: int = 1) -> QuantLinear | QuantConv2d:
     g = torch.Generator().manual_seed(seed)
     geometry = Geometry((6, 16, 1, 1) if conv else (6, 16))
     codes = torch.randint(-127, 128, geometry.shape, generator=g).to(torch.int8)
@@ -43,7 +45,7 @@ def leaf_of(on: Clock, seed: int = 0, conv: bool = False, branches: int = 1) -> 
 
 
 def now(leaf: QuantLinear | QuantConv2d, branch: int = 0) -> tuple[Tensor, Tensor]:
-    grid = leaf._grid_now(CPU, branch, leaf.act_scale, None)
+    grid = leaf._grid(CPU, branch, None, leaf.clock.at(CPU))
     return grid.scale, grid.zero_point
 
 
@@ -120,7 +122,7 @@ def test_addresses_stay() -> None:
         assert all(t.data_ptr() % 16 == 0 for t in now(leaf))
     assert len(on.at(CPU).grids._blocks[INTERVALS]) == 3
     on.set(torch.tensor([MIDDLES[1]]))
-    first.act_scale, first.act_zero_point = first.act_scale.clone(), first.act_zero_point.clone()  # away and back
+    first.tables = first.tables.moved(Tensor.clone)  # away and back
     del others
     gc.collect()
     right(first, 1)
@@ -141,18 +143,26 @@ def test_places_are_used_again() -> None:
     assert len(on.at(CPU).grids._blocks[INTERVALS]) == 1
 
 
-def test_a_table_that_is_written_to_or_replaced() -> None:
+def test_tables_that_are_replaced() -> None:
     on = clock()
     leaf = leaf_of(on)
     right(leaf, 3)
-    leaf.act_scale.mul_(2)
+    leaf.hold(replace(leaf.tables, act_scale=leaf.act_scale * 2))
     right(leaf, 3)
-    leaf.act_zero_point = leaf.act_zero_point.clone().add_(1)
+    leaf.hold(replace(leaf.tables, act_zero_point=leaf.act_zero_point + 1))
     right(leaf, 3)
     twin = copy.deepcopy(leaf)
     assert now(twin)[0].data_ptr() != now(leaf)[0].data_ptr()
-    twin.act_scale.mul_(2)
+    twin.hold(replace(twin.tables, act_scale=twin.act_scale * 2))
     right(twin, 3)
+    right(leaf, 3)
+
+
+def test_a_cast_leaves_the_tables_alone() -> None:
+    leaf = leaf_of(clock())
+    before = leaf.reading
+    leaf.half().to(torch.bfloat16)
+    assert leaf.tables.act_scale.dtype == torch.float32 and leaf.reading is before
     right(leaf, 3)
 
 
@@ -192,13 +202,13 @@ def test_a_call_on_another_device_leaves_this_one_alone() -> None:
         turn.wait(60)
 
     on.set(torch.tensor([MIDDLES[2]]), (0, 1))
-    entry = on.at(CPU).last_input._entry = object()
+    entry = on.at(CPU).shared_input.codes = object()
     thread = threading.Thread(target=other)
     thread.start()
     done.wait(60)
     try:
         assert on.at(CPU).branches == (0, 1) and on.at(OTHER).branches == (1,)
-        assert on.at(CPU).last_input._entry is entry
+        assert on.at(CPU).shared_input.codes is entry
         right(leaf, 2)
         on.set(torch.tensor([MIDDLES[1]]), (0,))
         right(leaf, 1)
@@ -229,7 +239,7 @@ def test_many_threads() -> None:
             interval = (number + i) % INTERVALS
             t = torch.tensor([MIDDLES[interval]])
             on.set(types.SimpleNamespace(device=device, reshape=t.reshape), (number,))
-            grid = leaf._grid_now(device, 0, leaf.act_scale, None)
+            grid = leaf._grid(device, 0, None, on.at(device))
             seen = on.at(device).branches, int(on.index(device)), (float(grid.scale), int(grid.zero_point))
             if seen != ((number,), interval, row_of_table(leaf, interval)):
                 failed.append((number, seen))

@@ -1,6 +1,7 @@
 """Leaves that read one tensor quantize it once, and compute what each computes alone."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -18,10 +19,11 @@ from tfmq.geometry import Codes, Geometry
 from tfmq.kernels import reference
 from tfmq.kernels.table import BACKENDS, LINEAR_DYNAMIC, LINEAR_STATIC, Backend
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
-from tfmq.runtime.shared_input import LastInput, Reading
+from tfmq.runtime.run_state import RunState
+from tfmq.runtime.shared_input import Reading, SharedInput
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
 
@@ -38,11 +40,11 @@ USED = [b for b in able(LINEAR_STATIC) if hasattr(b.module, "quantize_static")] 
 backends = pytest.mark.parametrize("backend", USED, ids=lambda b: b.name)
 
 
-def clock() -> Clock:
-    return Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4))
+def clock() -> RunState:
+    return RunState(TimeAxis(0.0, 1000.0), Partition.uniform(4))
 
 
-def leaf(scheme: Scheme, on: Clock, outputs: int, seed: int = 0) -> QuantLinear:
+def leaf(scheme: Scheme, on: RunState, outputs: int, seed: int = 0) -> QuantLinear:
     """Weights by outputs and seed; what belongs to the input is the same in all of a scheme."""
     g, same = torch.Generator().manual_seed(seed + outputs), torch.Generator().manual_seed(99)
     weight = torch.randn(outputs, K, generator=g)
@@ -56,7 +58,7 @@ def leaf(scheme: Scheme, on: Clock, outputs: int, seed: int = 0) -> QuantLinear:
     return QuantLinear(state, Geometry((outputs, K)), on, torch.randn(outputs, generator=g))
 
 
-def siblings(scheme: Scheme, count: int = 3) -> tuple[Clock, list[QuantLinear]]:
+def siblings(scheme: Scheme, count: int = 3) -> tuple[RunState, list[QuantLinear]]:
     on = clock()
     return on, [leaf(scheme, on, 24 + 5 * i) for i in range(count)]
 
@@ -165,8 +167,7 @@ def test_a_layer_without_siblings_keeps_nothing(counted: Counted) -> None:
         other(x)
         one(tensor(seed))
         assert counted.since() == (0, 3)
-        entry = on.at(CPU).last_input._entry
-        assert entry is None or entry.codes is None
+        assert on.at(CPU).shared_input.codes is None
 
 
 # --- what must not be shared ------------------------------------------------------------------------------------------
@@ -240,8 +241,8 @@ def test_leaves_that_quantize_in_another_way(counted: Counted) -> None:
     assert leaf(KINDS["static"], on, 31).reading == first.reading
     wider = leaf(KINDS["static"], on, 24)
     assert wider.act_scale is not None
-    wider.act_scale = wider.act_scale * 2
-    assert wider.reading is None
+    wider.hold(dataclasses.replace(wider.tables, act_scale=wider.act_scale * 2))
+    assert wider.reading != first.reading
     x = tensor()
     for _ in range(2):
         assert torch.equal(first(x), alone([first])[0](x))
@@ -286,27 +287,26 @@ def test_where_nobody_can_see_that_a_tensor_changed(own: bool) -> None:
         def __init__(self) -> None:
             self.reading, self.readers = Reading(b"", own), 1
 
-    made = []
-
-    def quantize() -> Codes:
-        made.append(Codes(torch.empty(1), None, None, None, torch.Size(), torch.float32))
-        return made[-1]
-
     with torch.inference_mode():
         x = torch.empty(3, 4, device="meta")
-    last, first, second = LastInput(), Leaf(), Leaf()
-    for _ in range(2):
-        found = [last.codes(one, x, reference, quantize) for one in (first, second)]
-    assert (found[0] is not None and found[0] is found[1]) == own
-    assert len(made) == (2 if own else 0)
+    shared, first, second = SharedInput(), Leaf(), Leaf()
+    for call in range(2):
+        codes = Codes(torch.empty(1), None, None, None, torch.Size(), torch.float32)
+        assert shared.read(first, x, reference) == (own and call > 0) and shared.codes is None
+        if call:
+            shared.keep(codes)
+        assert shared.read(second, x, reference) == own
+        assert (shared.codes is codes) == (own and call > 0)
+        shared.keep(codes)
+        assert shared.codes is None, "nobody is known to come"
 
 
 # --- memory and copies ------------------------------------------------------------------------------------------------
 
 
-def codes_of(on: Clock) -> "weakref.ref[Tensor]":
-    entry = on.at(CPU).last_input._entry
-    assert entry is not None and entry.codes is not None
+def codes_of(on: RunState) -> "weakref.ref[Tensor]":
+    entry = on.at(CPU).shared_input
+    assert entry.codes is not None
     return weakref.ref(entry.codes.values)
 
 

@@ -17,11 +17,13 @@ from tfmq.formats.affine import affine_grid, channel_scale, per_channel, quantiz
 from tfmq.geometry import Geometry, geglu, geometry_of
 from tfmq.kernels import reference
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, Backend, pick
+from tfmq.runtime.fused import GATED
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
 from tfmq.runtime.packed_codes import PackedCodes
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
 
@@ -35,7 +37,7 @@ class Made:
     leaf: Leaf
     module: nn.Linear | nn.Conv2d
     x: Tensor
-    clock: Clock
+    clock: RunState
 
 
 def make(operation: str, *, balanced: bool = True, intervals: int = 4) -> Made:
@@ -54,7 +56,7 @@ def make(operation: str, *, balanced: bool = True, intervals: int = 4) -> Made:
     state = LayerState(
         "conv2d" if conv else "linear", scheme, tuple(w.shape), quantize_weight(w, scale), scale, balance, *act
     )
-    clock = Clock(TimeAxis(0.0, 1000.0), Partition.uniform(intervals))
+    clock = RunState(TimeAxis(0.0, 1000.0), Partition.uniform(intervals))
     geometry = geometry_of(module)
     assert isinstance(geometry, Geometry) and module.bias is not None
     leaf = (QuantConv2d if conv else QuantLinear)(state, geometry, clock, module.bias.detach().clone())
@@ -259,19 +261,20 @@ def test_the_weight_is_prepared_once_per_owner(monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_is_kept_of_a_weight_that_is_here_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(LINEAR_STATIC)
     use(monkeypatch, BACKENDS[-1])
-    codes, scale, bias = made.leaf.codes, made.leaf.weight_scale, made.leaf.bias
+    codes, bias = made.leaf.codes, made.leaf.bias
     kept = made.leaf(made.x)
     held = made.leaf._prepared
     assert held is not None
-    assert torch.equal(made.leaf.compute(made.x, codes, codes.clone(), scale, bias, streamed=True), kept)
+    assert torch.equal(made.leaf.compute(made.x, None, codes.clone(), bias), kept)
     assert made.leaf._prepared is held
-    other = made.leaf.compute(made.x, object(), -codes, scale, bias, streamed=True)
-    torch.testing.assert_close(other - bias, -(kept - bias))
-    fresh, owner, count = make(LINEAR_STATIC).leaf, object(), []
+    made.leaf.codes = -codes
+    torch.testing.assert_close(made.leaf.compute(made.x, None, -codes, bias) - bias, -(kept - bias))
+    assert made.leaf._prepared is held
+    fresh, count = make(LINEAR_STATIC).leaf, []
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda *a: count.append(a[3]) or inner(*a))
     for _ in range(2):
-        fresh.compute(made.x, owner, codes.clone(), scale, bias, streamed=True)
+        fresh.compute(made.x, None, codes.clone(), bias)
     assert fresh._prepared is None
     assert count[0] is count[1] and torch.equal(count[0], codes.sum(1).int())  # read once
 
@@ -281,13 +284,12 @@ def test_a_copy_that_stays_is_prepared_once(operation: str, monkeypatch: pytest.
     """As dynamic loading keeps a weight on the device, until it needs the room for another."""
     made = make(operation)
     use(monkeypatch, BACKENDS[-1])
-    leaf, owner, count = made.leaf, object(), []
+    leaf, count = made.leaf, []
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda *a: count.append(1) or inner(*a))
 
     def run(codes: Tensor, resident: object | None) -> Tensor:
-        y = leaf.compute(made.x, owner, codes, leaf.weight_scale, None, streamed=True, resident=resident)
-        return y.detach()
+        return leaf.compute(made.x, resident, codes, None).detach()
 
     first, again = leaf.codes.clone(), leaf.codes.clone()
     here, there = object(), object()
@@ -307,9 +309,9 @@ def test_nothing_is_kept_that_takes_memory(operation: str, monkeypatch: pytest.M
     leaf, count = made.leaf, []
     inner = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda c, *a: count.append(1) or inner(c.clone(), *a))
-    here, codes, owner = object(), leaf.codes.clone(), object()
+    here, codes = object(), leaf.codes.clone()
     for _ in range(2):
-        leaf.compute(made.x, owner, codes, leaf.weight_scale, None, streamed=True, resident=here)
+        leaf.compute(made.x, here, codes, None)
     assert len(count) == 2 and leaf._prepared is None
 
 
@@ -385,14 +387,14 @@ def test_a_gated_leaf(operation: str, backend: Backend, monkeypatch: pytest.Monk
     use(monkeypatch, backend)
     with torch.no_grad():
         want = geglu(made.leaf(made.x))
-        torch.testing.assert_close(made.leaf(made.x, gated=True), want, rtol=1e-5, atol=1e-5)
-        assert made.leaf(made.x[:0], gated=True).shape == (0, 5, 24)
+        torch.testing.assert_close(made.leaf(made.x, GATED), want, rtol=1e-5, atol=1e-5)
+        assert made.leaf(made.x[:0], GATED).shape == (0, 5, 24)
         plain = made.leaf(made.x)
         torch._dynamo.reset()
         compiled = torch.compile(made.leaf, backend="eager")
         for _ in range(2):
-            torch.testing.assert_close(compiled(made.x, gated=True), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(compiled(made.x, GATED), want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(compiled(made.x), plain, rtol=1e-5, atol=1e-5)
         if backend.name == "onednn":
-            made.leaf(made.x, gated=True)
+            made.leaf(made.x, GATED)
             assert len(made.leaf._prepared[2].packed) == (2 if operation == LINEAR_STATIC else 1)

@@ -15,9 +15,10 @@ from tfmq.kernels import int_mm, onednn, reference
 from tfmq.kernels.table import BACKENDS, CONV2D_STATIC, CONV2D_STATIC_NORMED, pick
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import NONE, STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
 
@@ -127,7 +128,7 @@ def test_a_single_column() -> None:
 def leaf_of(scheme: Scheme, branches: int = 1, channels: int = 16) -> QuantConv2d:
     g = torch.Generator().manual_seed(5)
     shape = (6, channels, 3, 3)
-    clock = Clock(TimeAxis(0.0, 1000.0), Partition.uniform(4))
+    clock = RunState(TimeAxis(0.0, 1000.0), Partition.uniform(4))
     high = torch.arange(4.0, 8.0)
     table: tuple = affine_grid(torch.full((4,), -0.3), high, scheme.activation_bits)
     if branches > 1:

@@ -22,13 +22,14 @@ from tfmq.observe.layer import LayerObserver
 from tfmq.observe.rotation import choose_rotation, find_permutations, weight_errors, zigzag
 from tfmq.observe.statistics import LayerStatistics
 from tfmq.runtime.leaf import QuantLinear
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import DYNAMIC, STATIC, Recipe, Scheme
 from tfmq.solve.layer import solve_layer
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 pytestmark = pytest.mark.rounding
 
-CLOCK = Clock(TimeAxis(0, 1), Partition.uniform(1))
+CLOCK = RunState(TimeAxis(0, 1), Partition.uniform(1))
 
 
 @pytest.mark.parametrize(("channels", "group"), [(320, 64), (1280, 256), (48, 16), (24, 0), (7, 0), (16, 16)])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from bench.temporal.error import selected_features
 from support.temporal import small_graph, small_times
 from tfmq.errors import TfmqError
 from tfmq.temporal.fsc import FiniteSet
@@ -14,7 +15,6 @@ from tfmq.temporal.selection import (
     feature_errors,
     int8_rows,
     select,
-    selected_features,
 )
 from tfmq.temporal.tiar import tiar
 from tfmq.timeline import TimeAxis

@@ -72,6 +72,15 @@ def test_codes_found_elsewhere_are_taken() -> None:
     assert state.act_scale is table[0] and state.act_zero_point is table[1]
 
 
+def test_eight_bits_found_elsewhere_are_taken() -> None:
+    weight = torch.randn(5, 4, 3, 3)
+    found = Rounded(torch.randint(-127, 128, weight.shape, dtype=torch.int8), torch.rand(5))
+    state = solve_layer(Scheme(), statistics(weight), weight, "mse", rounded=found)
+    assert state.codes is found.codes and state.scale is found.scale and state.packed is None
+    own = solve_layer(Scheme(), statistics(weight), weight, "mse")
+    assert own.act_scale is not None and state.act_scale is not None and torch.equal(own.act_scale, state.act_scale)
+
+
 def test_activation_tables() -> None:
     weight = torch.randn(5, 7)
     found = statistics(weight)

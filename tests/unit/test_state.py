@@ -108,6 +108,12 @@ def test_through_a_file(tmp_path: Path) -> None:
     assert same(state, LayerState.from_tensors("linear", state.scheme, (N, K), found))
 
 
+def test_a_rounding_to_8_bits_needs_no_groups() -> None:
+    rounded = Rounded(number(N, K, 3, 1, dtype=torch.int8), torch.rand(N), note="n")
+    assert set(rounded.tensors()) == {"codes", "scale"}
+    assert same(rounded, Rounded.from_tensors(0, "n", rounded.tensors())) and same(rounded, rounded.to("cpu"))
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_rounding_goes_through_its_file(tuned: bool, tmp_path: Path) -> None:
     def draw(note: str) -> Rounded:

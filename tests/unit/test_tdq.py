@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import temporal_ranges
+from bench.temporal import ranges as temporal_ranges
 from tfmq.decide import tdq
 from tfmq.decide.grids import static_grid
 from tfmq.formats.affine import quantize_affine, quantize_rows

@@ -45,7 +45,7 @@ HEAVY_TAIL = 3.0
 ROTATION_WORTHWHILE, ROTATION_WORTH_TIME = 0.8, 0.5
 
 
-# Of the squared error of 8-bit weights rounded to nearest, what error feedback leaves: docs/quantization.md.
+# Of the squared error of 8-bit weights rounded to nearest, what GPTQ leaves: docs/decisions/gptq-for-8-bit-weights.md.
 AFTER_FEEDBACK = 1 / 7
 
 

@@ -24,9 +24,9 @@ from ..formats.int4 import GROUPS
 from ..kernels.costs import Costs
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
+from ..runtime.run_state import RunState
 from ..scheme import Plan, Recipe, Scheme
 from ..solve.layer import size_of, solve_layer
-from ..timeline import Clock
 from .calibrate import FOLDER
 from .call import ClockWrapper
 from .leaf.leaf import make_leaf
@@ -141,7 +141,7 @@ def _measure(
         )
     weights = network.weights(options)
     clone = network.patcher.clone()
-    clock = Clock(calibration.axis, calibration.partition)
+    clock = RunState(calibration.axis, calibration.partition)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tfmq_clock", ClockWrapper(clock))
     batches = batches_of(samples)
     out: dict[str, list[Option]] = {}

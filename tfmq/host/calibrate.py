@@ -29,7 +29,7 @@ from ..timeline import Clock, Partition
 from ..words import counted
 from .call import branches, sample_sigmas, timesteps
 from .digest import update_digest
-from .model import fingerprint, require_float_model, sampling_kind, sampling_values, time_axis
+from .model import fingerprint, sampling_kind, sampling_values, time_axis
 from .network import Network
 from .step_choice import StepChoice
 
@@ -74,7 +74,7 @@ def calibrate(
     look: which steps of a run the observers see, one of `step_choice.RULES`.
     The MODEL is unchanged on every way out, interrupt included. Raises TfmqError for anything the person can mend.
     """
-    require_float_model(patcher)
+    network = Network.of(patcher)
     model = fingerprint(patcher)
     partition = Partition.uniform(intervals)
     digest = hashlib.sha256(f"{VERSION} {model} {intervals} {prompts} {look} {sampling_kind(patcher)}".encode())
@@ -87,7 +87,6 @@ def calibrate(
         except TfmqError:
             pass  # damaged: make it anew
 
-    network = Network.of(patcher)
     clock = Clock(time_axis(patcher), partition)
     unseen = {*network.tib.layers, *network.ends}
     observer = ModelObserver([(p, m) for p, m in network.layers.items() if p not in unseen], clock)

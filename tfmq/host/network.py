@@ -6,7 +6,7 @@ Made once and handed on: while a clone is loaded, other modules or merged weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import comfy.lora
@@ -15,7 +15,7 @@ from torch import Tensor, float32, nn
 
 from ..geometry import Geometry, geometry_of
 from ..temporal.tib import Tib, boundary_layers, find_tib
-from .model import PREFIX
+from .model import PREFIX, require_float_model
 
 SMALL_BYTES = 16 * 1024  # of a module, up to which the host's dynamic loading loads it whole
 Layer = nn.Linear | nn.Conv2d
@@ -38,7 +38,8 @@ class Network:
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> Network:
-        """patcher: a MODEL in float that no clone has loaded (`require_float_model`)."""
+        """Raises TfmqError for what is no diffusion MODEL in float. It is taken off the device, as are its clones."""
+        require_float_model(patcher)
         module = patcher.model.diffusion_model
         layers = {
             path: layer
@@ -49,10 +50,13 @@ class Network:
         found = {path: geometry_of(layer) for path, layer in layers.items()}
         geometries = {path: geometry for path, geometry in found.items() if isinstance(geometry, Geometry)}
         tib, ends = find_tib(module), boundary_layers(module)
+        # In 4 bits. Dynamic loading takes the weights of a small module out and puts them back by their path, when a
+        # module of another MODEL may stand there.
+        small = [p for p, m in layers.items() if patcher.is_dynamic() and m.weight.numel() <= 2 * SMALL_BYTES]
         keep = {
             **{path: f"temporal path (depends on {on} alone)" for path, on in tib.layers.items()},
             **{path: f"{which} layer" for path, which in ends.items()},
-            **(too_small(layers) if patcher.is_dynamic() else {}),
+            **{path: "too small for dynamic loading" for path in small},
             **{path: why for path, why in found.items() if isinstance(why, str)},
         }
         return cls(patcher, module, layers, kinds, geometries, tib, ends, keep)
@@ -84,10 +88,3 @@ class Network:
             return own.detach().to(device)
         # The model's own weight keeps its precision; a merge in float32 is rounded once, by the quantizer.
         return comfy.lora.calculate_weight(patches, own.detach().to(device, float32, copy=True), key)
-
-
-def too_small(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Layers of up to 16 KiB in 4 bits. Dynamic loading takes their weights out and puts them back by their path, when
-    a module of another MODEL may stand there."""
-    why = "too small for dynamic loading"
-    return {path: why for path, layer in layers.items() if layer.weight.numel() <= 2 * SMALL_BYTES}

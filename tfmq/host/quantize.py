@@ -13,13 +13,15 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..decide.edit import edited
+from ..decide.grids import Grid
 from ..decide.plan import decide
-from ..decide.tdq import Grid, over_time
+from ..decide.tdq import over_time
 from ..errors import TfmqError
 from ..kernels.table import costs_of
 from ..observe.calibration import Calibration
 from ..rounding.efforts import NEAREST
 from ..rounding.reconstruct import Result
+from ..runtime.run_state import RunState
 from ..scheme import INT, Plan, Recipe, Scheme
 from ..solve.layer import solve_layer
 from ..state import LayerState
@@ -27,9 +29,9 @@ from ..timeline import Clock, TimeAxis
 from . import bits
 from .leaf import nf4
 from .leaf.leaf import make_leaf
-from .model import PREFIX, fingerprint, require_float_model, sampling_kind
+from .model import PREFIX, fingerprint, sampling_kind
 from .network import Network
-from .quantized import Quantized, attach, backends_of
+from .quantized import Quantized, attach
 from .rounding import run as reconstruct
 from .temporal import quantize as temporal_quant
 from .temporal.leaf import TemporalLinear, finite_set_clock
@@ -47,9 +49,8 @@ def quantize(
     LoRA patches that are on the MODEL are merged before rounding. Raises TfmqError for a MODEL or calibration that
     does not fit.
     """
-    require_float_model(patcher)
-    _require_same(patcher, calibration)
     network = Network.of(patcher)
+    _require_same(patcher, calibration)
     plan = _planned(network, calibration, recipe, changes, progress)
     grids = over_time(plan, calibration)
     rounding = _rounded(network, calibration, plan, grids, progress)
@@ -63,7 +64,7 @@ def quantize(
     clone = patcher.clone()
     _move_biases(clone, plan, rounding)
     temporal_clock, saved = _put_temporal(clone, network, temporal, calibration.axis)
-    clock = Clock(calibration.axis, calibration.partition)
+    clock = RunState(calibration.axis, calibration.partition)
     for done, (path, scheme) in enumerate(plan.layers.items(), first + 1):
         comfy.model_management.throw_exception_if_processing_interrupted()
         state = _solved(network, calibration, recipe, path, scheme, grids, rounding)
@@ -72,10 +73,9 @@ def quantize(
 
     before = comfy.model_management.module_size(network.module)
     baked = {key: len(patches) for key, patches in clone.patches.items()}
-    backends, passed_over = backends_of(plan, network.geometries, patcher.load_device)
     record = Quantized(
         plan, {path: network.kinds[path] for path in plan.layers}, calibration.model, calibration.sampling, clock,
-        before, before - saved, baked, backends, passed_over, temporal_clock, temporal.deaf, rounding=rounding.note,
+        before, before - saved, baked, temporal_clock, temporal.deaf, rounding.note,
     )  # fmt: skip
     attach(clone, record, patcher.model_size() - saved)
     return clone
@@ -138,9 +138,8 @@ def _rounded(
 def _move_biases(clone: ModelPatcher, plan: Plan, rounding: Result) -> None:
     """Of layers that stay in float; like any weight patch these travel with the MODEL, and are merged where it is
     saved."""
-    moved = {path: by for path, by in rounding.biases.items() if path not in plan.layers}
-    if moved:
-        clone.add_patches({f"{PREFIX}{path}.bias": ("diff", (by,)) for path, by in moved.items()})
+    moved = {f"{PREFIX}{path}.bias": by for path, by in rounding.biases.items() if path not in plan.layers}
+    clone.add_patches({key: ("diff", (by,)) for key, by in moved.items()})
 
 
 def _solved(
@@ -158,7 +157,7 @@ def _solved(
 
 
 def _put(
-    clone: ModelPatcher, network: Network, path: str, state: LayerState, clock: Clock, moved: Tensor | None
+    clone: ModelPatcher, network: Network, path: str, state: LayerState, clock: RunState, moved: Tensor | None
 ) -> int:
     """Hang a leaf into `clone` in place of a layer; returns the bytes that this saves. moved: to be added to the
     bias."""

@@ -14,16 +14,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..errors import TfmqError
-from ..geometry import Geometry
 from ..kernels import install
-from ..kernels.table import CONV2D_STATIC, LINEAR_DYNAMIC, LINEAR_STATIC, pick, refusals
+from ..kernels.table import pick, refusals
 from ..runtime.leaf import LeafCore
-from ..scheme import INT, NONE, STATIC, Plan
+from ..runtime.run_state import RunState
+from ..scheme import INT, NONE, Plan
 from ..timeline import Clock
 from . import first_run
 from .call import ClockWrapper
 from .faster import attention, feed_forward, norms, precision
 from .leaf import lora
+from .leaf.base import HostLeaf
 from .model import ATTACHMENT, PREFIX
 from .temporal.leaf import TemporalLinear
 
@@ -48,16 +49,16 @@ class Quantized:
     kinds: dict[str, str]
     model: str
     sampling: str
-    clock: Clock
+    clock: RunState
     bytes_before: int
     bytes_after: int
     baked: dict[str, int]
-    backends: dict[str, dict[str, int]] = field(default_factory=dict)
-    passed_over: dict[str, str] = field(default_factory=dict)
     temporal_clock: Clock | None = None
     deaf: tuple[str, ...] = ()
-    advice: str = ""
     rounding: str = ""
+    backends: dict[str, dict[str, int]] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+    advice: str = ""
 
 
 def require_quantized(patcher: Any) -> Quantized:
@@ -68,32 +69,29 @@ def require_quantized(patcher: Any) -> Quantized:
     return quantized
 
 
-def backends_of(
-    plan: Plan, geometries: dict[str, Geometry], device: Any
-) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    """Which backend each layer of the plan gets on this device, and why better ones were passed over."""
+def _backends_of(patcher: ModelPatcher, plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Which backend each leaf gets on the device that it loads to, and why better ones were passed over."""
     backends: dict[str, dict[str, int]] = {}
     passed_over: dict[str, str] = {}
     for path, scheme in plan.layers.items():
-        geometry = geometries[path]
-        operation = LINEAR_STATIC if scheme.activation == STATIC else LINEAR_DYNAMIC
-        operation = CONV2D_STATIC if geometry.is_conv else operation
         if scheme.activation == NONE:
-            how = "decoded to float" if scheme.weight_format == INT else "bitsandbytes"
-            counts = backends.setdefault(WEIGHT_ALONE, {})
-            counts[how] = counts.get(how, 0) + 1
-            continue
-        name = pick(operation, device, geometry).name
+            operation, name = WEIGHT_ALONE, "decoded to float" if scheme.weight_format == INT else "bitsandbytes"
+        else:
+            leaf = patcher.get_model_object(PREFIX + path)
+            operation, where = leaf.operation, (leaf.operation, patcher.load_device, leaf.geometry)
+            name = pick(*where).name
+            passed_over |= refusals(*where)
         counts = backends.setdefault(operation, {})
         counts[name] = counts.get(name, 0) + 1
-        passed_over |= refusals(operation, device, geometry)
     return backends, passed_over
 
 
 def attach(patcher: ModelPatcher, quantized: Quantized, size: int) -> None:
-    """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place. size: its true bytes."""
-    sentences = precision.advice(patcher), install.advice(patcher.load_device, quantized.backends)
-    quantized = replace(quantized, advice="\n".join(filter(None, sentences)))
+    """Hang the clock, the LoRA rule and the record on a patcher whose leaves are in place, with what depends on this
+    machine (`backends`, `passed_over`, `advice`) filled in. size: its true bytes."""
+    backends, passed_over = _backends_of(patcher, quantized.plan)
+    advice = "\n".join(filter(None, (precision.advice(patcher), install.advice(patcher.load_device, backends))))
+    quantized = replace(quantized, backends=backends, passed_over=passed_over, advice=advice)
     patcher.set_attachments(ATTACHMENT, quantized)
     clocks = [clock for clock in (quantized.clock, quantized.temporal_clock) if clock is not None]
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER, ClockWrapper(*clocks))
@@ -159,7 +157,7 @@ def _give_own_leaves(clone: ModelPatcher) -> None:
     if own is None:
         return
     for key, leaf in clone.object_patches.items():
-        if isinstance(leaf, LeafCore):
+        if isinstance(leaf, HostLeaf):
             if leaf not in own:
                 own[leaf] = copy.deepcopy(leaf)
             clone.object_patches[key] = own[leaf]

@@ -16,8 +16,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..decide.grids import static_grid
-from ..decide.tdq import Grid
+from ..decide.grids import Grid, static_grid
 from ..errors import TfmqError
 from ..files import VERSION
 from ..observe.calibration import Calibration
@@ -29,7 +28,7 @@ from ..rounding.precision import product_dtype
 from ..rounding.progress import PARTS, Progress
 from ..rounding.reconstruct import Result, reconstruct
 from ..scheme import INT, STATIC, Plan
-from ..solve.layer import as_multiplied, as_multiplying
+from ..solve.layer import as_multiplied, as_multiplying, folded
 from .calibrate import FOLDER
 from .digest import update_digest
 from .network import Network
@@ -49,7 +48,7 @@ def run(
     folder: Path | None = None,
     **options: Any,
 ) -> Result:
-    """Round the weights, LoRA patches merged.
+    """Round the weights, those of 8 bits included, LoRA patches merged.
 
     grids: of static activations that are not found per interval (`decide.tdq`). preset: one of `EFFORTS`. progress:
     called with (done, total, seconds left). folder: where finished units are kept; by default beside the calibrations,
@@ -62,7 +61,6 @@ def run(
     samples = calibration.samples
     if preset != NEAREST and (samples is None or not samples.rows):
         raise TfmqError(_without_samples(samples))
-    patcher = network.patcher
     layers = layers_of(network, calibration, plan, grids)
     weights = network.weights(layers)
 
@@ -86,24 +84,25 @@ def run(
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress(int(PARTS * (share + (1 - share) * done / total)), PARTS, left)
 
-    device = patcher.load_device
+    device = network.patcher.load_device
     dtype = product_dtype(device)
     if folder is None and EFFORTS[preset].value is not None:
         folder = _folder(calibration, plan, preset, dtype, options)
-    with replayed(patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
+    with replayed(network.patcher.clone(), samples, load=preset != NEAREST, gradients=True) as replay:
         source, options = replay.source(), {"dtype": dtype} | options
         result = reconstruct(
             network.module, layers, weight, source, preset, device=device, progress=tell, folder=folder, **options
         )
-        if not plus:
-            return result
-        temporal = list(network.tib.layers) if plan.recipe.temporal == FLOAT else []
-        tuned = finetune(
-            network.module, layers, result.layers, source, device=device, temporal=temporal, progress=tell_tuning,
-            dtype=options["dtype"],
-        )  # fmt: skip
-    logging.info("TFMQ: %s", tuned.note)
-    return replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+        if plus:
+            temporal = list(network.tib.layers) if plan.recipe.temporal == FLOAT else []
+            tuned = finetune(
+                network.module, layers, result.layers, source, device=device, temporal=temporal, progress=tell_tuning,
+                dtype=options["dtype"],
+            )  # fmt: skip
+            logging.info("TFMQ: %s", tuned.note)
+            result = replace(result, layers=tuned.layers, biases=tuned.biases, note=tuned.note)
+    eights = {path: layer.weight8 for path, layer in layers.items() if layer.weight8 is not None}
+    return replace(result, layers=result.layers | eights)
 
 
 def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Mapping[str, Grid]) -> dict[str, Layer]:
@@ -122,10 +121,9 @@ def layers_of(network: Network, calibration: Calibration, plan: Plan, grids: Map
                 statistics.under(scheme), plan.recipe.ranges, scheme.activation_bits, scheme.branches
             )
             layer.act_scale, layer.act_zero_point = found[0].to(device), found[1].to(device)
-        if scheme.balanced and statistics.balance is not None:
-            layer.balance = statistics.balance.to(device)
-        if scheme.permuted and statistics.permutations is not None:
-            layer.permutations = statistics.permutations.to(device)
+        layer.balance, layer.permutations = (
+            None if part is None else part.to(device) for part in folded(scheme, statistics)
+        )
         if scheme.weight_bits == 8:
             layer.sample = as_multiplying(scheme, statistics)
         layers[path] = layer

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..observe.sampling_times import NDTC, TRAJECTORY, UNIFORM, ndtc, nearest_steps, uniform_log_snr
 from ..words import Choice
 
-SHARE = 2  # the rules that choose look at one step in so many
+SHARE = 2  # of the steps, the rules that choose look at one in this number
 POINTS = 1000
 
 

@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from ..errors import TfmqError
 from ..files import MANIFEST, MODEL, PAIRS, read_manifest, read_tensors, smallest_exact, write
 from ..geometry import Geometry, geometry_of
+from ..runtime.run_state import RunState
 from ..scheme import INT, Plan, Scheme
 from ..state import TENSORS, LayerState
 from ..temporal import table as saved_table
-from ..timeline import Clock, Partition, TimeAxis
+from ..timeline import Partition, TimeAxis
 from .leaf import nf4
 from .leaf.layout import state_of
 from .leaf.leaf import make_leaf
 from .model import PREFIX, release, sampling_kind
-from .quantized import Quantized, attach, backends_of, require_quantized
+from .quantized import Quantized, attach, require_quantized
 from .temporal import table as temporal_table
 from .temporal.leaf import TemporalLinear, finite_set_clock, from_file, to_file
 
@@ -158,7 +159,7 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     try:
         plan = Plan.from_json(manifest["plan"])
         kinds = {layer: str(manifest["kinds"][layer]) for layer in plan.layers}
-        clock = Clock(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
+        clock = RunState(TimeAxis(*manifest["axis"]), Partition(tuple(manifest["edges"])))
         states = {
             layer: _state(file, layer, kinds[layer], scheme, manifest.get("shapes", {}).get(layer), tensors)
             for layer, scheme in plan.layers.items()
@@ -183,12 +184,10 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     header = {"config": json.dumps({"transformer": manifest["config"]})} if manifest.get("config") else None
     patcher = _build(file, tensors | stands_for, layers, header, disable_dynamic)
     network = patcher.model.diffusion_model
-    geometries: dict[str, Geometry] = {}
     for layer, state in states.items():
         module = network.get_submodule(layer)
         geometry = geometry_of(module)
         assert isinstance(geometry, Geometry)
-        geometries[layer] = geometry
         bias = tensors.get(f"{layer}.bias")
         if bias is not None:
             bias = bias.to(module.weight.dtype)
@@ -200,10 +199,8 @@ def load(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         dtype, bias = network.get_submodule(layer).weight.dtype, tensors.get(f"{layer}.bias")
         leaf = TemporalLinear(temporal_layer, temporal_clock, None if bias is None else bias.to(dtype), dtype)
         comfy.utils.set_attr(patcher.model, PREFIX + layer, leaf.to(patcher.offload_device))
-    backends, passed_over = backends_of(plan, geometries, patcher.load_device)
     quantized = Quantized(
-        plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, backends, passed_over,
-        temporal_clock, deaf,
+        plan, kinds, manifest["model"], manifest["sampling"], clock, before, after, {}, temporal_clock, deaf
     )  # fmt: skip
     table_bytes = 0
     if table is not None:

@@ -17,8 +17,8 @@ def int8_product(q: Tensor, codes: Tensor) -> Tensor:
 
     On a CPU without VNNI instructions `torch._int_mm` adds pairs of products in int16, which saturates, and says
     nothing. Half a code keeps such a pair of an unsigned and a signed operand in range, 2 * 255 * 64 < 2^15: so there
-    the weight goes in as its upper seven bits and its lowest one. On a processor kept to AVX2 that took 0.9 to 1.3
-    times as long as float32 products in exact chunks, and it needs no float copy of either operand.
+    the weight goes in as its upper seven bits and its lowest one.
+    Measured against float32 products in exact chunks: docs/decisions/int8-product-without-vnni.md.
     """
     if q.device.type == "cpu" and not _adds_exactly():
         upper = torch._int_mm(q, (codes >> 1).t())

@@ -95,8 +95,8 @@ def _reference(operation: str, device: torch.device, geometry: Geometry) -> str 
 # Measured dynamic costs: bench/speed/dynamic_cost.py.
 BACKENDS = (
     # On shapes of SD1.5 in bfloat16 a per-token layer took 1.2 to 1.7 times as long (2, since beside the error of
-    # integer convolutions that of a Linear does not show: docs/quantization.md), one of 320 input channels 2.1 to 2.5,
-    # a rotation 0.22 to 0.33 of the time.
+    # integer convolutions that of a Linear does not show: docs/decisions/static-or-per-token.md), one of 320 input
+    # channels 2.1 to 2.5, a rotation 0.22 to 0.33 of the time.
     Backend("onednn", onednn, _onednn, Costs(2.0, 0.3, 2.4)),
     # Not measured: a row is read once more, out of the cache.
     Backend("triton", triton_backend, _triton, GpuCosts(1.1)),

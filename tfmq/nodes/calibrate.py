@@ -24,34 +24,34 @@ class Calibrate(io.ComfyNode):
             display_name="TFMQ Calibrate",
             category=CATEGORY,
             description=(
-                "Runs your own sampler on your own prompts and learns, for every layer and every part of the denoising "
-                "schedule, which values pass through it. The result is kept on disk: the same request is instant the "
-                "next time."
+                "Runs your own sampler on your own prompts and learns which values pass through each layer in each "
+                "part of the denoising schedule. The result is kept on disk, so that the same request is instant "
+                "later."
             ),
             search_aliases=["quantize", "quantization", "int8", "ptq", "calibration", "w8a8"],
             inputs=[
-                io.Model.Input("model", tooltip="The 16- or 32-bit model, with any LoRA that shall be baked in."),
+                io.Model.Input("model", tooltip="The 16- or 32-bit model, with the LoRAs to bake in."),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with CONDITIONINGs."),
                 io.String.Input(
                     "prompts", multiline=True, default="", optional=True,
-                    tooltip="One prompt per line, like those you make pictures of; 8 to 64 are a good number.",
+                    tooltip="One prompt per line, like those you make pictures of. Use 8 to 64 of them.",
                 ),
                 io.Autogrow.Input(
                     "positives", optional=True,
                     template=io.Autogrow.TemplatePrefix(
                         io.Conditioning.Input("positive", optional=True), prefix="positive", min=0, max=64
                     ),
-                    tooltip="Ready CONDITIONINGs, beside or instead of the prompts.",
+                    tooltip="CONDITIONINGs, beside the prompts or instead of them.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True,
-                    tooltip="Negative conditioning. Without one: the empty prompt, or nothing at cfg 1.",
+                    tooltip="Negative conditioning. Without one, the CLIP encodes the empty prompt.",
                 ),
-                io.Latent.Input("latent", tooltip="The size of the pictures; an empty latent will do."),
+                io.Latent.Input("latent", tooltip="The size of the pictures. An empty latent is enough."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Noise of the first prompt; each further one counts up.",
+                    tooltip="The noise of the first prompt. Each further prompt adds 1.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps per prompt, as you sample."),
                 io.Float.Input(
@@ -62,7 +62,7 @@ class Calibrate(io.ComfyNode):
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As you sample."),
                 io.Int.Input(
                     "intervals", default=25, min=1, max=200, advanced=True,
-                    tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
+                    tooltip="The number of intervals on the time axis. Each has its own activation ranges.",
                 ),
                 combo("look", RULES, LOOK, advanced=True, optional=True),
             ],
@@ -107,19 +107,19 @@ class CalibrateCustom(io.ComfyNode):
             ),
             search_aliases=["quantize", "quantization", "int8", "calibration", "flux", "guider"],
             inputs=[
-                io.Noise.Input("noise", tooltip="As in SamplerCustomAdvanced; each further prompt counts its seed up."),
-                io.Guider.Input("guider", tooltip="Brings the model and its conditioning."),
+                io.Noise.Input("noise", tooltip="As in SamplerCustomAdvanced. Each further prompt adds 1 to its seed."),
+                io.Guider.Input("guider", tooltip="Has the model and its conditioning."),
                 io.Sampler.Input("sampler", tooltip="As you sample."),
                 io.Sigmas.Input("sigmas", tooltip="As you sample."),
-                io.Latent.Input("latent", tooltip="The size of the pictures; an empty latent will do."),
+                io.Latent.Input("latent", tooltip="The size of the pictures. An empty latent is enough."),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts."),
                 io.String.Input(
                     "prompts", multiline=True, default="", optional=True,
-                    tooltip="One prompt per line; each replaces the guider's positive. Empty: the guider's own.",
+                    tooltip="One prompt per line. Each replaces the guider's positive. Without one: the guider's own.",
                 ),
                 io.Int.Input(
                     "intervals", default=25, min=1, max=200, advanced=True,
-                    tooltip="Into how many parts the time axis is cut; each has its own activation ranges.",
+                    tooltip="The number of intervals on the time axis. Each has its own activation ranges.",
                 ),
                 combo("look", RULES, LOOK, advanced=True, optional=True),
             ],

@@ -20,16 +20,16 @@ class Compare(io.ComfyNode):
             display_name="TFMQ Compare",
             category=CATEGORY,
             description=(
-                "Two batches of pictures made with the same seeds, side by side with their amplified difference, with "
-                "PSNR and SSIM (and LPIPS where the lpips package and its weights are installed)."
+                "Compares two batches of pictures made with the same seeds: side by side with their amplified "
+                "difference, and by PSNR and SSIM (and LPIPS where the lpips package and its weights are installed)."
             ),
             search_aliases=["psnr", "ssim", "lpips", "difference", "side by side"],
             inputs=[
-                io.Image.Input("reference", tooltip="From the float model."),
-                io.Image.Input("candidate", tooltip="From the quantized model, same seeds."),
+                io.Image.Input("reference", tooltip="Pictures of the float model."),
+                io.Image.Input("candidate", tooltip="Pictures of the quantized model, with the same seeds."),
                 io.Float.Input(
                     "amplify", default=8.0, min=1.0, max=255.0, step=1.0, advanced=True,
-                    tooltip="Factor on the difference picture.",
+                    tooltip="Factor on the difference, so that small errors are visible.",
                 ),
             ],
             outputs=[

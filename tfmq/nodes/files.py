@@ -52,7 +52,7 @@ class Load(io.ComfyNode):
             node_id="TFMQ_Load",
             display_name="TFMQ Load",
             category=CATEGORY,
-            description="Loads a model that TFMQ Save wrote, without calibrating; the pictures are the same.",
+            description="Loads a model that TFMQ Save wrote, without a calibration. The pictures are the same.",
             search_aliases=["load quantized", "int8", "unet loader"],
             inputs=[
                 io.Combo.Input(

@@ -26,13 +26,13 @@ class Quantize(io.ComfyNode):
             display_name="TFMQ Quantize",
             category=CATEGORY,
             description=(
-                "Swaps the layers of the model for ones that compute in integers, with weights of 8 or 4 bits, "
-                "convolutions included. LoRAs on the model are baked in; LoRAs behind this node work as usual and are "
+                "Replaces the layers of the model by ones that compute in integers, with weights of 8 or 4 bits, "
+                "convolutions included. LoRAs on the model are baked in. LoRAs behind this node work as usual and are "
                 "never rounded."
             ),
             search_aliases=["int8", "int4", "w8a8", "w4a8", "quantization", "compress", "faster", "low vram"],
             inputs=[
-                io.Model.Input("model", tooltip="The same MODEL that went into TFMQ Calibrate."),
+                io.Model.Input("model", tooltip="The MODEL that went into TFMQ Calibrate, with the same LoRAs."),
                 CalibrationType.Input("calibration", tooltip="From TFMQ Calibrate."),
                 combo("recipe", RECIPES, "How small the model becomes."),
                 combo("activations", ACTIVATIONS, "Ranges of the inputs of Linear layers.", advanced=True),
@@ -44,7 +44,7 @@ class Quantize(io.ComfyNode):
                 combo("effort", EFFORTS, "How 4-bit weights are rounded, and how long it takes.", optional=True),
                 io.Combo.Input(
                     "group", options=[str(g) for g in GROUPS], default=str(GROUPS[0]), advanced=True, optional=True,
-                    tooltip="Weights that share a range in 4 bits: fewer are more precise and a little larger.",
+                    tooltip="4-bit weights that share a range. Fewer are more precise and a little larger.",
                 ),
                 io.Float.Input(
                     "size_mb", default=0.0, min=0.0, max=1e6, step=1.0, round=0.01, advanced=True, optional=True,
@@ -53,15 +53,16 @@ class Quantize(io.ComfyNode):
                 io.Float.Input(
                     "quality_db", default=35.0, min=0.0, max=120.0, step=1.0, round=0.01, advanced=True, optional=True,
                     tooltip=(
-                        "For 'smallest at a quality': how far the error of the model's prediction must stay below the "
-                        "prediction, in dB; 10 more is a third of the error. Not the PSNR of pictures."
+                        "For 'smallest at a quality': how far the error of the model's prediction stays below the "
+                        "prediction, in dB. 10 dB more is a third of the error. Not the PSNR of pictures."
                     ),
                 ),
                 io.String.Input(
                     "plan", default="", multiline=True, advanced=True, optional=True,
                     tooltip=(
                         "The report of an earlier run with some bits changed, or a line like "
-                        '{"layers": {"input_blocks.1.0.in_layers.2": 8}}; layers without a line are decided.'
+                        '{"layers": {"input_blocks.1.0.in_layers.2": 8}}. Layers without a line are decided as without '
+                        "a plan."
                     ),
                 ),
             ],
@@ -87,7 +88,7 @@ class Quantize(io.ComfyNode):
             if size_mb <= 0:
                 raise TfmqError(
                     f"The recipe '{recipe}' needs a size: set size_mb, an advanced input of TFMQ Quantize, to the MB "
-                    "that the file may have."
+                    "of the file."
                 )
             wanted = replace(wanted, budget=int(size_mb * 1e6))
         elif recipe == AT_A_QUALITY:

@@ -24,7 +24,7 @@ class TemporalCache(io.ComfyNode):
             display_name="TFMQ Temporal Cache",
             category=CATEGORY,
             description=(
-                "Answers the layers that only know when the network is passed (28 to 34 % of Flux.1, SD3 and "
+                "Answers the layers that see only the timestep (28 to 34 % of the weights of Flux.1, SD3 and "
                 "Qwen-Image) from a small table instead of loading their weights. The pictures stay the same."
             ),
             search_aliases=["modulation", "adaln", "low vram", "timestep embedding", "cache"],
@@ -32,7 +32,7 @@ class TemporalCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any MODEL: float or quantized, with or without LoRAs."),
                 io.Int.Input(
                     "budget_mb", default=512, min=1, max=1_000_000, advanced=True,
-                    tooltip="How large the table may grow, in MB; what was not used for longest goes first.",
+                    tooltip="The largest size of the table, in MB. The rows not used for longest are dropped first.",
                 ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="summary")],
@@ -53,32 +53,32 @@ class TemporalReport(io.ComfyNode):
             display_name="TFMQ Temporal Report",
             category=CATEGORY,
             description=(
-                "Shows what quantization would do to everything the model knows about time: error curves over the "
-                "timestep for each way to keep the temporal layers, the choice under a byte budget with its reasons, "
-                "and, with a calibration, the activation ranges of all layers over time. SD1.5-class models."
+                "Shows what quantization does to the layers whose output depends on the timestep alone: error curves "
+                "over the timestep for each way to keep them, and the choice under a byte budget with its reasons. "
+                "With a calibration also the activation ranges of all layers over time. For models like SD1.5."
             ),
             search_aliases=["temporal", "timestep", "TIB", "TIAR", "plot", "disturbance", "tfmq-dm"],
             inputs=[
-                io.Model.Input("model", tooltip="The 16- or 32-bit model, with any LoRA that shall count."),
+                io.Model.Input("model", tooltip="The 16- or 32-bit model. LoRAs on it count."),
                 CalibrationType.Input(
-                    "calibration", optional=True, tooltip="From TFMQ Calibrate; adds the heat map of ranges."
+                    "calibration", optional=True, tooltip="From TFMQ Calibrate. Adds the heat map of ranges."
                 ),
                 io.Int.Input(
                     "budget_kb", default=0, min=0, max=1 << 22,
-                    tooltip="Bytes for the temporal layers in kB (1000 bytes); 0: as many as their int8 variant takes.",
+                    tooltip="Size of the temporal layers in kB (1000 bytes). 0: the size of their int8 variant.",
                 ),
                 io.Int.Input(
                     "intervals", default=25, min=1, max=200, advanced=True,
-                    tooltip="Into how many parts the time axis is cut for the curves and the choice.",
+                    tooltip="The number of intervals on the time axis, for the curves and the choice.",
                 ),
                 io.Int.Input(
                     "tiar_steps", default=0, min=0, max=20000, advanced=True,
-                    tooltip="Steps of the joint rounding behind the layer-wise one. TFMQ Quantize takes none: 0.",
+                    tooltip="Steps of the joint rounding behind the layer-wise one. TFMQ Quantize takes 0.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="curves"),
-                io.Image.Output(display_name="ranges", tooltip="Needs a calibration; else the curves again."),
+                io.Image.Output(display_name="ranges", tooltip="Needs a calibration. Without one: the curves again."),
                 io.String.Output(display_name="summary"),
                 io.String.Output(display_name="report", tooltip="All numbers as JSON."),
             ],

@@ -1,4 +1,4 @@
-"""Where on the time axis a calibration looks: which steps of a sampling run the observers shall see.
+"""Where on the time axis a calibration looks: which steps of a sampling run the observers see.
 
 Three rules. All of them name steps of a real run by the timestep that the network receives, so the latents of a step
 and its label t always belong together. (PTQ4DM's public script takes the number of the loop for t: it hands the network

@@ -21,7 +21,7 @@ class LayerStatistics:
     conditional and of the unconditional rows, only where a grid for each lowers the error. rotated: the same about the
     rotated input (`rotation`), or None where the channels do not divide into blocks; permutations [1, K] or [2, K]:
     of that rotation, or None. weight_error [2, 2]: squared error of the weight, plain and rotated, in 8 and in 4 bits,
-    on the scale on which the error of an input is relative (`rotation_choice`).
+    on the scale on which the error of an input is relative (`observe.rotation`).
     mean_square [K]: of the balanced input's channels. rows [R, K']: a sample of what the weight is multiplied by before
     balance and rotation, bfloat16, in the order of `weight.flatten(1)`; None of a grouped convolution and of a vector.
     Intervals that no call visited have zero counts.

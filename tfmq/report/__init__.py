@@ -1,1 +1,1 @@
-"""Paired image metrics, side-by-side sheets and the HTML report."""
+"""Paired image metrics, side-by-side sheets and plots."""

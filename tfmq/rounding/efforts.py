@@ -10,11 +10,11 @@ NEAREST, FAST, BALANCED, BEST, BEST_PLUS = "nearest", "fast", "balanced", "best"
 _BALANCED = Settings(iterations=0, scale_iterations=150, batch=16, rate=1e-2)
 # The value: settings of what is learnt block by block.
 EFFORTS = {
-    NEAREST: Choice("seconds"),
-    FAST: Choice("GPTQ, each rounding error made up for by the weights of its layer"),
+    NEAREST: Choice("the nearest code; seconds"),
+    FAST: Choice("GPTQ, later weights of a layer make up for each rounding error"),
     BALANCED: Choice(
-        "GPTQ that makes up for the errors of earlier layers too, and scales tuned block by block; minutes for a small "
-        "model, longer for a large one",
+        "GPTQ that makes up for the errors of earlier layers too, then scales tuned block by block; minutes for a "
+        "small model, longer for a large one",
         _BALANCED,
     ),
     BEST: Choice(

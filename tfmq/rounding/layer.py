@@ -17,6 +17,7 @@ from ..formats.hadamard import rotate
 from ..geometry import Geometry
 from ..scheme import DYNAMIC, STATIC, Scheme
 from ..solve.gptq8 import round_to_8_bits
+from ..state import Rounded
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layer:
     permutations: integers [1, K] or [2, K] of the rotation, or None. sample: of what the weight is multiplied by, float
     [R, K'], of a layer in 8 bits, or None.
 
-    `codes` uint8 [N, K'] and `grid` are set once the weight is rounded; `weight8`: int8 codes and scale of a layer in 8
+    `codes` uint8 [N, K'] and `grid` are set once the weight is rounded, `weight8` instead of them of a layer in 8
     bits; `ranges_tuned`: whether `act_scale` was learnt. While a unit is trained, `trained` holds its weight [N, K,
     ...], `act_scale` may carry a gradient, and the weight's channels are multiplied by `gain` [N] where there is one.
     """
@@ -54,7 +55,7 @@ class Layer:
     sample: Tensor | None = None
     codes: Tensor | None = None
     grid: int4.Grid | None = None
-    weight8: tuple[Tensor, Tensor] | None = None
+    weight8: Rounded | None = None
     trained: Tensor | None = None
     gain: Tensor | None = None
     ranges_tuned: bool = False
@@ -65,16 +66,14 @@ class Layer:
 
     def round_to_8_bits(self, weight: Tensor) -> None:
         """weight float [N, K, ...], as it meets the balanced and rotated input."""
-        codes, scale = round_to_8_bits(weight, self.sample)
-        self.weight8 = codes.cpu(), scale.cpu()
+        self.weight8 = round_to_8_bits(weight, self.sample).to("cpu")
 
     def weight(self, device: torch.device) -> Tensor:
         """float32 [N, K, ...], as it meets the balanced and rotated input."""
         if self.trained is not None:
             return self.trained
         if self.weight8 is not None:
-            codes, scale = self.weight8
-            return dequantize_weight(codes.to(device), scale.to(device))
+            return dequantize_weight(self.weight8.codes.to(device), self.weight8.scale.to(device))
         assert self.codes is not None and self.grid is not None
         columns = int4.values(self.codes.to(device), grid_to(self.grid, device))
         return int4.from_columns(columns, self.geometry.shape)

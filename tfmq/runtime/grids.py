@@ -13,31 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..geometry import StaticInput
+from .tables import Tables
+
 SMALLEST = 64  # rows of the first block
 # Entries between two grids: Triton compiles one kernel for addresses that divide by 16 bytes, another for the rest.
 SPACING = 4
 
 
 class Row(NamedTuple):
-    """A grid as it now is: scale float32 [1], zero_point int32 [1], written in place by `Grids.gather`.
+    """A grid as it now is, written in place by `Grids.gather`. tables: those that it was made of."""
 
-    sources, versions: the tables that it was made of, and what tells that nobody wrote to them since.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
+    grid: StaticInput
     at: Grids
-    sources: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
-    versions: tuple[int, int]
-
-    def is_of(self, grids: Grids, scale: Tensor, zero_point: Tensor) -> bool:
-        """Whether this stands for these two tables there, as they are."""
-        return (
-            self.at is grids
-            and self.sources[0]() is scale
-            and self.sources[1]() is zero_point
-            and self.versions == (_version(scale), _version(zero_point))
-        )
+    tables: Tables
 
 
 class _Block:
@@ -61,21 +50,20 @@ class Grids:
         self._blocks: dict[int, list[_Block]] = {}  # by the number of intervals
         self._places: weakref.WeakKeyDictionary[object, dict[int, tuple[_Block, int]]] = weakref.WeakKeyDictionary()
 
-    def row(self, owner: object, branch: int, scale: Tensor, zero_point: Tensor) -> Row:
-        """The row of a leaf. scale float32 and zero_point int32, [I] each or, with the branches apart, [2, I].
+    def row(self, owner: object, branch: int, tables: Tables) -> Row:
+        """The row of a leaf. branch: of CFG, whose grids it takes where they are apart.
 
         The same owner and branch keep their place: new tables are written over the old ones. It is free again when the
         owner is gone.
         """
-        one = (scale, zero_point) if scale.dim() == 1 else (scale[branch], zero_point[branch])
-        block, at = self._place(owner, branch, scale.shape[-1])
-        both = torch.stack([one[0].detach().float().view(torch.int32), one[1].detach().int()])
+        scale, zero_point = tables.grid(branch)
+        block, at = self._place(owner, branch, scale.shape[0])
+        both = torch.stack([scale.detach().float().view(torch.int32), zero_point.detach().int()])
         block.table[at].copy_(both)
         block.gather(self._index, slice(at, at + 1))
         with torch.inference_mode(False):
             views = block.now[at, 0, :1].view(torch.float32), block.now[at, 1, :1]
-        sources = weakref.ref(scale), weakref.ref(zero_point)
-        return Row(*views, self, sources, (_version(scale), _version(zero_point)))
+        return Row(StaticInput(*views, tables.inverse_balance), self, tables)
 
     def gather(self) -> None:
         """Write all rows of the interval that now is."""
@@ -98,7 +86,3 @@ class Grids:
         weakref.finalize(owner, block.free.append, at).atexit = False
         places[branch] = block, at
         return block, at
-
-
-def _version(table: Tensor) -> int:
-    return -1 if table.is_inference() else table._version

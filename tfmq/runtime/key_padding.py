@@ -1,6 +1,6 @@
 """Attention over few keys on a CPU: torch's kernel is slow behind the last whole vector of a row of scores.
 
-Text has 77 tokens, which is no multiple of 16; docs/speed.md has the times.
+Text has 77 tokens, which is no multiple of 16; docs/decisions/keys-padded-to-whole-vectors.md has the times.
 """
 
 from __future__ import annotations

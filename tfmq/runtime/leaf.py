@@ -6,7 +6,7 @@ its own way. `QuantLinear` and `QuantConv2d` here hold plain tensors and need to
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..formats.affine import dequantize_weight, per_channel
 from ..formats.hadamard import constant, rotate, rotate_as_means, scaled, suits_tensor_cores, unrotate
 from ..formats.int4 import Grid, Packed
-from ..geometry import Codes, Geometry, Norm, StaticInput, code_sums, geglu
+from ..geometry import Geometry, StaticInput, code_sums
 from ..kernels.table import (
     CONV2D_STATIC,
     CONV2D_STATIC_NORMED,
@@ -31,29 +31,29 @@ from ..kernels.table import (
 from ..kernels.triton.tune import capturing
 from ..scheme import NONE
 from ..state import LayerState
-from ..timeline import Clock
 from .branches import split
+from .fused import PLAIN, Fused
 from .grids import Row
 from .packed_codes import PackedCodes, plain
+from .run_state import Here, RunState
 from .shared_input import Reading
+from .tables import Tables
 
-TABLES = "act_scale", "act_zero_point", "inverse_balance", "permutations"
+QUANTIZE = {LINEAR_STATIC: "quantize_static", LINEAR_DYNAMIC: "quantize_dynamic"}
 
 
 class LeafCore(nn.Module):
-    """Activation table, clock and kernel choice of one quantized layer.
+    """Tables, run state and kernel choice of one quantized layer. `hold` gives it other tables."""
 
-    Buffers (not saved under the module's keys): `act_scale` float32 and `act_zero_point` int32 of a static activation,
-    [I], or [2, I] with the branches of CFG apart; `inverse_balance` float32 [K]; `permutations` integers [1, K] or
-    [2, K] of the rotation.
-    """
+    tables: Tables
+    reading: Reading | None
+    # Of `tables`.
+    act_scale = property(lambda self: self.tables.act_scale)
+    act_zero_point = property(lambda self: self.tables.act_zero_point)
+    inverse_balance = property(lambda self: self.tables.inverse_balance)
+    permutations = property(lambda self: self.tables.permutations)
 
-    act_scale: Tensor | None
-    act_zero_point: Tensor | None
-    inverse_balance: Tensor | None
-    permutations: Tensor | None
-
-    def __init__(self, state: LayerState, geometry: Geometry, clock: Clock) -> None:
+    def __init__(self, state: LayerState, geometry: Geometry, clock: RunState) -> None:
         super().__init__()
         self.geometry = geometry
         self.scheme = state.scheme
@@ -61,130 +61,119 @@ class LeafCore(nn.Module):
         self.operation = CONV2D_STATIC if geometry.is_conv else LINEAR_STATIC
         if state.act_scale is None:
             self.operation = LINEAR_DYNAMIC
-        inverse = None if state.balance is None else state.balance.reciprocal()
-        tables = state.act_scale, state.act_zero_point, inverse, state.permutations
-        for name, value in zip(TABLES, tables, strict=True):
-            self.register_buffer(name, value, persistent=False)
         self._prepared: tuple[Any, Backend, Any] | None = None
         self._sums: tuple[Any, Tensor] | None = None
         self._rows: dict[int, Row] = {}  # by branch, on the device where the leaf ran last
-        self.reading = self._how_it_reads()
+        self.hold(Tables.of(state))
         self.readers = 1
 
-    def _how_it_reads(self) -> Reading | None:
-        """As `shared_input.Reader.reading`."""
-        if self.geometry.is_conv or self.scheme.activation == NONE or self.scheme.branches > 1:
-            return None
-        tables = [getattr(self, name) for name in TABLES]
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.operation, self.scheme.activation_bits, self.scheme.rotation)).encode())
-        for table in tables:
-            digest.update(b"none" if table is None else f"{table.dtype} {tuple(table.shape)}".encode())
-            if table is not None:
-                digest.update(table.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return Reading(digest.digest(), any(table is not None for table in tables))
+    def hold(self, tables: Tables) -> None:
+        """Compute with these from now on."""
+        self.tables, self.reading = tables, None  # `reading`: as in `shared_input.Reader`
+        if not (self.geometry.is_conv or self.scheme.activation == NONE or self.scheme.branches > 1):
+            digest = tables.digest(self.operation, self.scheme.activation_bits, self.scheme.rotation)
+            self.reading = Reading(digest, tables.device is not None)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in TABLES:
-            self.reading = None  # no longer those that it was made of
-        super().__setattr__(name, value)
+    def compute(self, x: Tensor, key: object, weight: Any, bias: Tensor | None, fused: Fused = PLAIN) -> Tensor:
+        """Run the layer on integer codes.
 
-    def compute(
-        self,
-        x: Tensor,
-        owner: object,
-        codes: Tensor | Packed,
-        scale: Tensor,
-        bias: Tensor | None,
-        norm: Norm | None = None,
-        gated: bool = False,
-        streamed: bool = False,
-        resident: object | None = None,
-    ) -> Tensor:
-        """Run the layer on integer codes, int8 [N, K, ...] or packed.
-
-        owner: what `codes` belong to; while it is the same object, the prepared form of the weight is reused.
-        norm: the input is SiLU(norm(x)). gated: the result is `geglu` of the layer's. streamed: the codes are a copy of
-        the owner's, and no memory is held for them but that of their sums. resident: such a copy that the host keeps
-        where it is; while it is the same object, the prepared form is reused if it lies in the copy's own memory.
+        weight: on the device of x, as `_stored` reads it. key: while it is the same object, the prepared form of the
+        weight is reused. It is `_owner()`, or a copy that the host keeps where it is, of which only what lies in its
+        own memory is kept; None: the weight is a copy for this call, of which nothing is kept.
         """
         if x.numel() == 0:
-            return geglu(self._empty(x)) if gated else self._empty(x)
-        if gated and not self._gates(x.device, streamed):
-            return geglu(self.compute(x, owner, codes, scale, bias, norm, streamed=streamed, resident=resident))
-        prepared = self._prepare(x.device, owner, codes, scale, streamed, resident)
-        module, weight = prepared[1].module, prepared[2]
-        if gated:
-            if not torch.compiler.is_compiling():
-                self.clock.at(x.device).last_input.drop()
-            return getattr(module, MULTIPLY_GATED)(self._quantize(x, weight, module), weight, bias).to(x.dtype)
-        if not torch.compiler.is_compiling():  # a graph would hold on to what is here for a moment
-            last_input = self.clock.at(x.device).last_input
-            made = last_input.codes(self, x, module, lambda: self._quantize(x, weight, module))
-            if made is not None:
-                return module.multiply(made, weight, bias).to(x.dtype)
-        rows, inverse = self._rotated(x, module)
-        run = getattr(module, self.operation)
-        if norm is not None and self._takes_norm(module):
-            run = partial(getattr(module, CONV2D_STATIC_NORMED), norm=norm)
-        elif norm is not None:
-            rows = F.silu(norm(x))
-        return self._run(rows, weight, inverse, bias, run).to(x.dtype)
+            return fused.after(self._empty(x))
+        norm, gated = fused
+        if gated and not self._gates(x.device, key):
+            return fused.after(self.compute(x, key, weight, bias, Fused(norm)))
+        prepared = self._prepared
+        if prepared is None or prepared[0] is not key:
+            prepared = self._prepare(x.device, key, weight)
+        module, ready = prepared[1].module, prepared[2]
+        if norm is not None and not self._takes_norm(module):
+            x, norm = fused.before(x), None
+        # A graph would hold on to what is here for a moment.
+        here = None if torch.compiler.is_compiling() else self.clock.at(x.device)
+        shared = None if here is None else here.shared_input
+        if shared is not None and gated:
+            shared.drop()
+        elif shared is not None and not shared.read(self, x, module):
+            shared = None
+        codes = None if shared is None else shared.codes
+        if codes is None:
+            scheme, tables = self.scheme, self.tables
+            rows, about = self._rotated(x, module) if scheme.rotation else (x, tables.inverse_balance)  # type: Tensor, Any
+            more: tuple[int, ...] = ()
+            if tables.act_scale is None:
+                more = (scheme.activation_bits,)
+            elif not tables.apart:
+                about = self._grid(x.device, 0, about, here)
+                if scheme.activation_bits != 8:
+                    rows = self._clipped(rows, about)
+            if shared is None and not gated:
+                run = getattr(module, self.operation)
+                if norm is not None:
+                    run = partial(getattr(module, CONV2D_STATIC_NORMED), norm=norm)
+                if tables.apart:
+                    y = self._by_branch(rows, ready, about, bias, run, here)
+                else:
+                    y = run(rows, ready, about, bias, *more)
+                return y if y.dtype is x.dtype else y.to(x.dtype)
+            codes = getattr(module, QUANTIZE[self.operation])(rows, ready, about, *more)
+        if shared is not None:
+            shared.keep(codes)
+        y = module.multiply_gated(codes, ready, bias) if gated else module.multiply(codes, ready, bias)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _owner(self) -> object:
+        """What the codes belong to, wherever copies of them are."""
+        raise NotImplementedError
+
+    def _stored(self, weight: Any) -> tuple[Tensor | Packed, Tensor]:
+        """The codes of a weight, int8 [N, K, ...] or packed, and its scales."""
+        raise NotImplementedError
+
+    def _keep(self, same: Tensor) -> None:
+        """Let go of the codes for `same`, which has the same entries in the memory of the prepared form."""
 
     def _takes_norm(self, module: ModuleType) -> bool:
         # A grid of fewer bits has its input clipped, which would be too early.
         static = self.operation == CONV2D_STATIC and self.scheme.activation_bits == 8
         return static and hasattr(module, CONV2D_STATIC_NORMED)
 
-    def _gates(self, device: torch.device, streamed: bool) -> bool:
-        # What is unpacked or copied at every call would be put in another order at every call.
-        if self.operation != LINEAR_STATIC or self.scheme.branches > 1 or self.scheme.weight_bits != 8 or streamed:
+    def _gates(self, device: torch.device, key: object) -> bool:
+        if self.operation != LINEAR_STATIC or self.scheme.branches > 1 or self.scheme.weight_bits != 8:
             return False
-        return hasattr(pick(self.operation, device, self.geometry).module, MULTIPLY_GATED)
+        # What is unpacked or copied at every call would be put in another order at every call.
+        return key is self._owner() and hasattr(pick(self.operation, device, self.geometry).module, MULTIPLY_GATED)
 
     def _rotated(self, x: Tensor, module: ModuleType) -> tuple[Tensor, Tensor | None]:
         """What is quantized of x, and what it still has to be multiplied by."""
-        if not self.scheme.rotation:
-            return x, self.inverse_balance
+        inverse, permutations = self.tables.inverse_balance, self.tables.permutations
         if suits_tensor_cores(x):
-            rows = x if self.inverse_balance is None else scaled(x, self.inverse_balance)
-            rows, factor = rotate_as_means(rows, self.scheme.rotation, self.permutations)
+            rows = x if inverse is None else scaled(x, inverse)
+            rows, factor = rotate_as_means(rows, self.scheme.rotation, permutations)
             return rows, constant(factor, x.shape[-1], x.device)
-        rows = x if self.inverse_balance is None else x.float() * self.inverse_balance
+        rows = x if inverse is None else x.float() * inverse
         # A CPU multiplies bfloat16 several times as fast, and the input has no more digits than that anyway. A product
         # in float takes the type of what it is given, and is slow in float32.
         own = hasattr(module, "IN_FLOAT") or (x.device.type == "cpu" and x.dtype == torch.bfloat16)
-        narrow = x.dtype if own else torch.float32
-        return rotate(rows.to(narrow), self.scheme.rotation, self.permutations), None
+        return rotate(rows.to(x.dtype if own else torch.float32), self.scheme.rotation, permutations), None
 
-    def _quantize(self, x: Tensor, weight: Any, module: ModuleType) -> Codes:
-        """The first half of a Linear."""
-        rows, inverse = self._rotated(x, module)
-        if self.act_scale is None:
-            return module.quantize_dynamic(rows, weight, inverse, self.scheme.activation_bits)
-        grid = self._grid_now(x.device, 0, self.act_scale, inverse)
-        return module.quantize_static(self._clipped(rows, grid), weight, grid)
-
-    def _run(self, x: Tensor, weight: Any, inverse_balance: Tensor | None, bias: Tensor | None, run: Any) -> Tensor:
-        """inverse_balance: what x still has to be multiplied by."""
-        if self.act_scale is None:
-            return run(x, weight, inverse_balance, bias, self.scheme.activation_bits)
-        if self.act_scale.dim() == 1:
-            grid = self._grid_now(x.device, 0, self.act_scale, inverse_balance)
-            return run(self._clipped(x, grid), weight, grid, bias)
+    def _by_branch(
+        self, x: Tensor, ready: Any, inverse: Tensor | None, bias: Tensor | None, run: Callable[..., Tensor],
+        here: Here | None,
+    ) -> Tensor:  # fmt: skip
+        """run(x), each branch of CFG on its own grid. inverse: what x still has to be multiplied by."""
         pieces = []
         for branch, rows in split(x, self.clock.at(x.device).branches):
-            grid = self._grid_now(x.device, branch, self.act_scale, inverse_balance)
-            pieces.append(run(self._clipped(rows, grid), weight, grid, bias))
+            grid = self._grid(x.device, branch, inverse, here)
+            pieces.append(run(self._clipped(rows, grid), ready, grid, bias))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _prepare(
-        self, device: torch.device, owner: object, codes: Tensor | Packed, scale: Tensor, streamed: bool,
-        resident: object | None,
-    ) -> tuple[Any, Backend, Any]:  # fmt: skip
-        prepared, of = self._prepared, resident if streamed else owner
-        if prepared is not None and of is not None and prepared[0] is of:
-            return prepared
+    def _prepare(self, device: torch.device, key: object, weight: Any) -> tuple[Any, Backend, Any]:
+        """As `compute`; kept in `_prepared` where that takes no memory beside the weight's."""
+        (codes, scale), owner = self._stored(weight), self._owner()
         if isinstance(codes, PackedCodes):  # the weight is another object than before, its codes are the same
             prepared = self._prepared = (owner, codes.owner, codes.ready)
             return prepared
@@ -194,27 +183,21 @@ class LeafCore(nn.Module):
             # Unpacked anew at every call: kept, it would take the memory that 4 bits are there to save.
             unpacked = codes.int8()
             return owner, backend, module.prepare(unpacked, scale, self.geometry, self._sums_of(owner, unpacked))
-        if streamed:
-            sums = self._sums_of(owner, codes)
-            if isinstance(codes, Packed):
-                made = of, backend, module.prepare_packed(codes, self.geometry, sums)
-            else:
-                made = of, backend, module.prepare(codes, scale, self.geometry, sums)
-            if of is not None and _in_place(made[2], codes):
-                self._prepared = made
-            return made
+        more = () if key is owner else (self._sums_of(owner, codes),)
         if isinstance(codes, Packed):
-            ready = module.prepare_packed(codes, self.geometry)
+            ready = module.prepare_packed(codes, self.geometry, *more)
         else:
-            ready = module.prepare(codes, scale, self.geometry)
-        self._prepared = owner, backend, ready
-        if not isinstance(codes, Packed):
+            ready = module.prepare(codes, scale, self.geometry, *more)
+        made = key, backend, ready
+        if key is owner or (key is not None and _in_place(ready, codes)):
+            self._prepared = made
+        if key is owner and not isinstance(codes, Packed):
             # The weight need not lie in memory twice.
             if hasattr(module, "restore"):
-                self._keep(codes, PackedCodes(codes, backend, ready, module.restore))
+                self._keep(PackedCodes(codes, backend, ready, module.restore))
             elif hasattr(module, "view"):
-                self._keep(codes, module.view(ready))
-        return self._prepared
+                self._keep(module.view(ready))
+        return made
 
     def _sums_of(self, owner: object, codes: Tensor | Packed) -> Tensor:
         """int32 [N], computed once per owner: to read a streamed weight only for them would take as long as to run
@@ -224,26 +207,21 @@ class LeafCore(nn.Module):
             self._sums = kept = owner, code_sums(codes.int8() if isinstance(codes, Packed) else codes)
         return kept[1]
 
-    def _keep(self, codes: Tensor, same: Tensor) -> None:
-        """Let go of `codes` for `same`, which has the same entries in the memory of the prepared form."""
-
-    def _grid_now(
-        self, device: torch.device, branch: int, scale: Tensor, inverse_balance: Tensor | None
-    ) -> StaticInput:
-        """scale: `act_scale`. branch: which row of the tables, where the branches of CFG are apart."""
-        moment, zero_point = self.clock.at(device), self._zero_points()
-        if not torch.compiler.is_compiling():
+    def _grid(self, device: torch.device, branch: int, inverse: Tensor | None, here: Here | None) -> StaticInput:
+        """inverse: what x still has to be multiplied by. branch: of CFG. here: None while a graph is compiled."""
+        tables = self.tables
+        if here is not None:
             row = self._rows.get(branch)
-            if row is None or not row.is_of(moment.grids, scale, zero_point):
+            if row is None or row.tables is not tables or row.at is not here.grids:
                 row = None
                 if not capturing():  # a graph would hold on to the tables that are written into their place now
-                    row = self._rows[branch] = moment.grids.row(self, branch, scale, zero_point)
+                    row = self._rows[branch] = here.grids.row(self, branch, tables)
             if row is not None:
-                return StaticInput(row.scale, row.zero_point, inverse_balance)
-        if scale.dim() == 2:
-            scale, zero_point = scale[branch], zero_point[branch]
-        now = moment.index
-        return StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), inverse_balance)
+                grid = row.grid
+                return grid if grid.inverse_balance is inverse else StaticInput(grid.scale, grid.zero_point, inverse)
+        now = self.clock.index(device)
+        scale, zero_point = tables.grid(branch)
+        return StaticInput(scale.index_select(0, now), zero_point.index_select(0, now), inverse)
 
     def _clipped(self, x: Tensor, grid: StaticInput) -> Tensor:
         """The kernels clip to 8-bit codes; a narrower grid is kept by clipping its input."""
@@ -256,14 +234,15 @@ class LeafCore(nn.Module):
             low, high = low * balance, high * balance
         return torch.minimum(torch.maximum(x, low.to(x.dtype)), high.to(x.dtype))
 
-    def _zero_points(self) -> Tensor:
-        assert self.act_zero_point is not None
-        return self.act_zero_point
-
     def _empty(self, x: Tensor) -> Tensor:
         if not self.geometry.is_conv:
             return x.new_empty(*x.shape[:-1], self.geometry.shape[0])
         return x.new_empty(x.shape[0], self.geometry.shape[0], *self.geometry.output_size(x.shape[2], x.shape[3]))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LeafCore:
+        super()._apply(fn, recurse)
+        self.tables = self.tables.moved(fn)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A packed weight can be neither copied nor pickled, and a copy has rows of its own.
@@ -282,7 +261,7 @@ class _PlainLeaf(LeafCore):
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, state: LayerState, geometry: Geometry, clock: Clock, bias: Tensor | None = None) -> None:
+    def __init__(self, state: LayerState, geometry: Geometry, clock: RunState, bias: Tensor | None = None) -> None:
         super().__init__(state, geometry, clock)
         self.register_buffer("codes", state.codes)
         self.register_buffer("weight_scale", state.scale)
@@ -290,38 +269,38 @@ class _PlainLeaf(LeafCore):
         self.register_buffer("zero", state.zero)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor, norm: Norm | None = None, gated: bool = False) -> Tensor:
-        """norm: a convolution's input is SiLU(norm(x)). gated: `geglu` follows the layer."""
+    def forward(self, x: Tensor, fused: Fused = PLAIN) -> Tensor:
+        """fused: what is to be computed with the layer."""
         if self.scheme.activation == NONE:
-            y = self._float(x if norm is None else F.silu(norm(x)), self.dequantize().to(x.dtype))
-            return geglu(y) if gated else y
-        return self.compute(x, self.codes, self._packed() or self.codes, self.weight_scale, self.bias, norm, gated)
+            return fused.after(self._float(fused.before(x), self.dequantize().to(x.dtype)))
+        codes = self._buffers["codes"]
+        return self.compute(x, codes, codes, self._buffers["bias"], fused)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.codes, self._prepared, self._sums = plain(self.codes), None, None  # they are about to be written to
         super()._load_from_state_dict(*args)
 
-    def _keep(self, codes: Tensor, same: Tensor) -> None:
+    def _owner(self) -> Tensor:
+        return self.codes
+
+    def _stored(self, codes: Tensor) -> tuple[Tensor | Packed, Tensor]:
+        factor, zero, scale = self.factor, self.zero, self.weight_scale
+        if not isinstance(factor, Tensor) or not isinstance(zero, Tensor):
+            return codes, scale
+        return Packed(codes, Grid(scale, factor, zero, self.scheme.group), self.geometry.shape), scale
+
+    def _keep(self, same: Tensor) -> None:
         assert self._prepared is not None
         self.codes = same
         self._prepared = (same, *self._prepared[1:])
 
     def dequantize(self) -> Tensor:
         """The float weight that the codes stand for, float32 [N, K, ...]."""
-        packed = self._packed()
-        if packed is None:
-            weight = dequantize_weight(self.codes, self.weight_scale)
-        else:
-            weight = packed.dequantize()
-        weight = unrotate(weight, self.scheme.rotation, self.permutations)
-        inverse = self.inverse_balance
+        codes, scale = self._stored(self.codes)
+        weight = codes.dequantize() if isinstance(codes, Packed) else dequantize_weight(codes, scale)
+        weight = unrotate(weight, self.scheme.rotation, self.tables.permutations)
+        inverse = self.tables.inverse_balance
         return weight if inverse is None else weight * per_channel(inverse, weight.dim(), 1)
-
-    def _packed(self) -> Packed | None:
-        factor, zero = self.factor, self.zero
-        if not isinstance(factor, Tensor) or not isinstance(zero, Tensor):
-            return None
-        return Packed(self.codes, Grid(self.weight_scale, factor, zero, self.scheme.group), self.geometry.shape)
 
     def _float(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError

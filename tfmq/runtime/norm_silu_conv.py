@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import Norm
+from .fused import Fused
 from .leaf import LeafCore
 
 NORMS: tuple[Any, ...] = (nn.GroupNorm.forward,)
@@ -38,7 +39,7 @@ def end(modules: Sequence[nn.Module], start: int, is_leaf: Callable[[nn.Module],
 
 def together(norm: Any, leaf: Any, x: Tensor) -> Tensor:
     """norm: nn.GroupNorm; leaf: of a convolution."""
-    y: Tensor = leaf(x, Norm(norm.num_groups, norm.weight, norm.bias, norm.eps))
+    y: Tensor = leaf(x, Fused(Norm(norm.num_groups, norm.weight, norm.bias, norm.eps)))
     return y
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,71 +33,68 @@ class Reader(Protocol):
     readers: int
 
 
-@dataclass(eq=False)
-class _Entry:
-    input: weakref.ref[Tensor]
-    reading: Reading
-    backend: ModuleType
-    first: weakref.ref[Reader]
-    users: set[int] = field(default_factory=set)
-    mark: int | Tensor | None = None
-    codes: Codes | None = None
-
-
-class LastInput:
-    """What all leaves of a model share. Of one input alone anything is kept, and the input itself is not.
+class SharedInput:
+    """What all leaves of a model on one device share. Of one input alone anything is kept, and the input itself is not.
 
     The codes are at most as large as the input, and go with it, with the next integer layer, with the next call of the
     model, or as soon as the last of the leaves that are known to read it has used them.
     """
 
-    def __init__(self) -> None:
-        self._entry: _Entry | None = None
+    codes: Codes | None = None  # of what was read last
+    _input: weakref.ref[Tensor] | None = None
+    _reading: Reading
+    _backend: ModuleType
+    _first: weakref.ref[Reader]
+    _last = True  # whether nobody is known to come behind who read last
+    _mark: int | Tensor | None = None
 
-    def codes(self, leaf: Reader, x: Tensor, backend: ModuleType, quantize: Callable[[], Codes]) -> Codes | None:
-        """The codes of x: those at hand, or new ones if other leaves were seen to read what this one reads. None: to be
-        made for this leaf alone, in the way that is best for that.
+    def __init__(self) -> None:
+        self._users: list[int] = []
+
+    def read(self, leaf: Reader, x: Tensor, backend: ModuleType) -> bool:
+        """A leaf comes for the codes of x. False: nobody else reads it, so they are best made for this leaf alone.
+        True: they are in `codes`, or to be made and to be given to `keep`.
 
         A leaf that comes twice gets new ones: it belongs to another call, for which an input that lies in one place may
         have been written to.
         """
-        reading = leaf.reading
+        reading, before = leaf.reading, self._input
         if reading is None or not (reading.own or not x.is_inference() or x.device.type == "cpu"):
-            self._entry = None
-            return None
-        entry = self._entry
+            self.drop()
+            return False
         if (
-            entry is None
-            or entry.input() is not x
-            or entry.reading != reading
-            or entry.backend is not backend
-            or id(leaf) in entry.users
+            before is None
+            or before() is not x
+            or id(leaf) in self._users
+            or self._backend is not backend
+            or self._reading != reading
         ):
-            entry = _Entry(weakref.ref(x, self._gone), reading, backend, weakref.ref(leaf))
-            self._entry = entry
-        entry.users.add(id(leaf))
-        first, count = entry.first() or leaf, len(entry.users)
-        first.readers = max(first.readers, count)
+            self.codes = None
+            self._input, self._reading, self._backend = weakref.ref(x), reading, backend
+            self._first, self._users = weakref.ref(leaf), []
+        self._users.append(id(leaf))
+        first, count = self._first() or leaf, len(self._users)
+        if count > first.readers:
+            first.readers = count
         if first.readers == 1:
-            return None
-        codes = entry.codes
-        if codes is None or not _unchanged(entry.mark, x):
-            entry.codes = codes = None  # so that two are never in memory
-            entry.mark = _mark(x)
-            codes = quantize()
-        entry.codes = codes if count < first.readers else None
-        return codes
+            return False
+        self._last = count >= first.readers
+        if self.codes is not None and not _unchanged(self._mark, x):
+            self.codes = None  # so that two are never in memory
+        if self.codes is None and not self._last:
+            self._mark, self._input = _mark(x), weakref.ref(x, self._gone)
+        return True
+
+    def keep(self, codes: Codes) -> None:
+        """The codes that the last reader used, for those that are known to come."""
+        self.codes = None if self._last else codes
 
     def drop(self) -> None:
-        self._entry = None
+        self.codes = self._input = self._mark = None
 
     def _gone(self, reference: weakref.ref[Tensor]) -> None:
-        entry = self._entry
-        if entry is not None and entry.input is reference:
-            self._entry = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None}
+        if self._input is reference:
+            self.drop()
 
 
 def _mark(x: Tensor) -> int | Tensor | None:

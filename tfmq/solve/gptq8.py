@@ -20,16 +20,17 @@ from torch.nn import functional as F
 
 from ..formats.affine import INT8_MAX, channel_scale, quantize_weight
 from ..formats.gptq import walk
+from ..state import Rounded
 
 DAMPING = 0.1  # d over the mean of the diagonal of X^T X: the columns' directions that the sample does not show
 GROUP = 8
 AT_ONCE = 512  # groups whose matrices, float64 [R, R], are there together
 
 
-def round_to_8_bits(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scale of a weight: `compensated` where there is a sample, else nearest. Arguments: there."""
+def round_to_8_bits(weight: Tensor, rows: Tensor | None) -> Rounded:
+    """A weight `compensated` where there is a sample, else nearest. Arguments: there."""
     scale = channel_scale(weight)
-    return (quantize_weight(weight, scale) if rows is None else compensated(weight, scale, rows)), scale
+    return Rounded(quantize_weight(weight, scale) if rows is None else compensated(weight, scale, rows), scale)
 
 
 def compensated(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:

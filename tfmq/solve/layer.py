@@ -28,14 +28,11 @@ def solve_layer(
     """Quantize one layer. weight: float [N, K, ...], on any device; the result lies on the same device.
 
     grid: scale and zero point per interval of a static activation, where they were found elsewhere (`decide.tdq`).
-    rounded: codes that were found elsewhere; without them a weight of 4 bits is rounded to nearest.
+    rounded: where the weight was rounded elsewhere; else it is here, one of 4 bits to nearest.
     Raises FloatingPointError if the weight is not finite.
     """
     if not bool(torch.isfinite(weight).all()):
         raise FloatingPointError("the weight holds NaN or infinite values")
-    device = weight.device
-    balance = statistics.balance.to(device) if scheme.balanced and statistics.balance is not None else None
-    balanced = as_multiplied(scheme, statistics, weight)
     act_scale = act_zero_point = None
     if scheme.activation == STATIC:
         act_scale, act_zero_point = grid or static_grid(
@@ -43,24 +40,23 @@ def solve_layer(
         )
         if rounded is not None and rounded.act_scale is not None and rounded.act_zero_point is not None:
             act_scale, act_zero_point = rounded.act_scale, rounded.act_zero_point
-        act_scale, act_zero_point = act_scale.to(device), act_zero_point.to(device)
-    permutations = (
-        statistics.permutations.to(device) if scheme.permuted and statistics.permutations is not None else None
-    )
-    shape = tuple(weight.shape)
-    if scheme.weight_bits == 8:
-        codes, scale = round_to_8_bits(balanced, as_multiplying(scheme, statistics))
-        return LayerState(
-            statistics.kind, scheme, shape, codes, scale, balance, act_scale, act_zero_point, permutations=permutations
-        )
     if rounded is None:
-        columns = to_columns(balanced)
-        found = search_grid(columns, scheme.group)
-        rounded = Rounded(nearest(columns, found), *found)
+        rounded = _rounded(scheme, as_multiplied(scheme, statistics, weight), as_multiplying(scheme, statistics))
+    codes = rounded.codes if scheme.weight_bits == 8 else pack(rounded.codes)
+    balance, permutations = folded(scheme, statistics)
     return LayerState(
-        statistics.kind, scheme, shape, pack(rounded.codes).to(device), rounded.scale.to(device), balance,
-        act_scale, act_zero_point, rounded.factor.to(device), rounded.zero.to(device), permutations,
-    )  # fmt: skip
+        statistics.kind, scheme, tuple(weight.shape), codes, rounded.scale, balance, act_scale, act_zero_point,
+        rounded.factor, rounded.zero, permutations,
+    ).to(weight.device)  # fmt: skip
+
+
+def _rounded(scheme: Scheme, weight: Tensor, rows: Tensor | None) -> Rounded:
+    """weight, rows: as they meet each other."""
+    if scheme.weight_bits == 8:
+        return round_to_8_bits(weight, rows)
+    columns = to_columns(weight)
+    grid = search_grid(columns, scheme.group)
+    return Rounded(nearest(columns, grid), *grid)
 
 
 def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
@@ -69,21 +65,22 @@ def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
     size = entries * scheme.weight_bits // 8 + 4 * channels
     if scheme.group:
         size += 2 * entries // scheme.group
-    if scheme.balanced and statistics.balance is not None:
-        size += statistics.balance.nbytes
-    if scheme.permuted and statistics.permutations is not None:
-        size += statistics.permutations.nbytes
+    size += sum(part.nbytes for part in folded(scheme, statistics) if part is not None)
     if scheme.activation == STATIC:
         size += 8 * len(statistics.bin_low) * scheme.branches
     return size
 
 
+def folded(scheme: Scheme, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
+    """Balance and permutations of the input that are folded into the weight, where the layer has them."""
+    return statistics.balance if scheme.balanced else None, statistics.permutations if scheme.permuted else None
+
+
 def as_multiplied(scheme: Scheme, statistics: LayerStatistics, weight: Tensor) -> Tensor:
     """The weight that meets the balanced, rotated input: float [N, K, ...] -> float32, same shape."""
-    out = weight.float()
-    if scheme.balanced and statistics.balance is not None:
-        out = out * per_channel(statistics.balance.to(weight.device), weight.dim(), 1)
-    permutations = statistics.permutations if scheme.permuted else None
+    out, (balance, permutations) = weight.float(), folded(scheme, statistics)
+    if balance is not None:
+        out = out * per_channel(balance.to(weight.device), weight.dim(), 1)
     return rotate(out, scheme.rotation, permutations)
 
 
@@ -91,9 +88,7 @@ def as_multiplying(scheme: Scheme, statistics: LayerStatistics) -> Tensor | None
     """The sample of the layer's input as it meets that weight: balanced and rotated, float32 [R, K'], or None."""
     if statistics.rows is None:
         return None
-    rows = statistics.rows.float()
-    if scheme.balanced and statistics.balance is not None:
-        taps = rows.shape[1] // statistics.balance.numel()
-        rows = rows / statistics.balance.to(rows.device).repeat_interleave(taps)
-    permutations = statistics.permutations if scheme.permuted else None
+    rows, (balance, permutations) = statistics.rows.float(), folded(scheme, statistics)
+    if balance is not None:
+        rows = rows / balance.to(rows.device).repeat_interleave(rows.shape[1] // balance.numel())
     return rotate(rows, scheme.rotation, permutations)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..errors import TfmqError
 from ..timeline import TimeAxis
-from .features import TemporalGraph
 
 GRID, LOW_RANK, ROWS = "grid", "low rank", "rows"
 KNOTS = (33, 65, 129, 257, 513)
@@ -101,17 +100,6 @@ class Curve:
             raise TfmqError("The temporal curve in this file is damaged: get or make the file again.") from error
 
 
-def layer_functions(graph: TemporalGraph) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Output path -> its feature as a function of t, one layer at a time to need the memory of one alone."""
-    before = {path: graph.layers[path] for path in graph.embedder}
-
-    def function(path: str) -> Callable[[Tensor], Tensor]:
-        small = TemporalGraph({**before, path: graph.layers[path]}, graph.embed)
-        return lambda t: small.features(t)[path]
-
-    return {path: function(path) for path in graph.outputs}
-
-
 def fit(
     layers: Layers,
     axis: TimeAxis,
@@ -123,7 +111,7 @@ def fit(
 ) -> Curve:
     """The smallest curve whose worst error is within `tolerance`, or the one with the least error where none is.
 
-    layers: path -> t [T] -> features [T, N] (`layer_functions`). discrete: whether `points` evenly spaced timesteps are
+    layers: path -> t [T] -> features [T, N]. discrete: whether `points` evenly spaced timesteps are
     all that there are; a continuous axis is judged half way between them too. progress: called with (done, total).
     """
     times = torch.linspace(axis.low, axis.high, points, dtype=torch.float64).float()

@@ -214,26 +214,6 @@ def select(
     return Selection(choices, family, size, budget, reference, errors, sizes)
 
 
-def selected_features(
-    selection: Selection, graph: TemporalGraph, times: FiniteSet, tibs: Mapping[str, QuantizedTib]
-) -> dict[str, Tensor]:
-    """What a selection gives at all timesteps of the finite set: output path -> float32 [T, N]."""
-    count = times.points.numel()
-    intervals = len(next(iter(next(iter(selection.candidates.values())).values())).rel_l2)
-    interval = torch.arange(count, device=times.points.device) * intervals // count
-    floats = graph.features(times.points)
-    family = tibs[selection.embedder].features(times.points) if selection.embedder in tibs else floats
-    out = {}
-    for path, choice in selection.choices.items():
-        caches = {CACHE8: lambda f: int8_rows(f)[0], CACHE16: lambda f: f.half().float()}
-        value = caches[choice.base](floats[path]) if choice.base in caches else family[path]
-        if choice.cached:
-            where = torch.isin(interval, torch.tensor(choice.cached, device=interval.device)).unsqueeze(1)
-            value = torch.where(where, caches[choice.rows](floats[path]), value)
-        out[path] = value
-    return out
-
-
 def _plain(
     name: str, path: str, errors: dict[str, dict[str, FeatureErrors]], sizes: dict[str, dict[str, int]]
 ) -> _Option:

@@ -14,7 +14,7 @@ Two stages:
    (AdaRound, 2004.10568, eq. 21 to 24; the weights of TFMQ-DM's implementation). TFMQ-DM takes 20 000 steps of 8 to 32
    timesteps at a learning rate of 1e-3. Here fewer steps of more timesteps at a higher rate start from the codes of
    stage 1, and the result counts only if its loss over all timesteps, with hard rounding, is the lower one. It is off
-   by default: measured, it finds nothing that stage 1 left (docs/temporal.md).
+   by default: measured, it finds nothing that stage 1 left (docs/decisions/temporal-rounding.md).
 
 Activations are quantized inside both stages, with finite-set calibration (`fsc`).
 """

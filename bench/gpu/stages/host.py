@@ -17,9 +17,10 @@ from tfmq.geometry import Geometry, geometry_of
 from tfmq.kernels.table import pick
 from tfmq.runtime import norm_silu_conv
 from tfmq.runtime.leaf import QuantConv2d, QuantLinear
+from tfmq.runtime.run_state import RunState
 from tfmq.scheme import DYNAMIC, STATIC, Scheme
 from tfmq.state import LayerState
-from tfmq.timeline import Clock, Partition, TimeAxis
+from tfmq.timeline import Partition, TimeAxis
 
 CALLS, ROUNDS = 100, 5
 CHANNELS = 64
@@ -72,8 +73,8 @@ def _state(kind: str, weight: torch.Tensor, activation: str) -> LayerState:
     )
 
 
-def _clock() -> Clock:
-    return Clock(TimeAxis(0.0, 999.0), Partition.uniform(4))
+def _clock() -> RunState:
+    return RunState(TimeAxis(0.0, 999.0), Partition.uniform(4))
 
 
 def _linear(device: torch.device, activation: str) -> Made:

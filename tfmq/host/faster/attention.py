@@ -1,7 +1,8 @@
 """Attention of a quantized MODEL on a CPU, where the host's own choice costs more than all the layers together.
 
 Without `--use-pytorch-cross-attention` the host computes attention on a CPU in chunks ("sub quadratic") or in halves
-("split") and writes every score to memory. torch's own kernel keeps them in the cache: docs/speed.md has the times.
+("split") and writes every score to memory. torch's own kernel keeps them in the cache:
+docs/decisions/attention-on-a-cpu.md has the times.
 """
 
 from __future__ import annotations

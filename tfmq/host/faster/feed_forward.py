@@ -1,7 +1,7 @@
 """Feed-forward networks of a quantized MODEL on a CPU, computed in blocks of rows that stay in the cache.
 
 Four times as wide as the network itself, what lies between their two layers is the largest tensor of a transformer
-block. docs/speed.md has the times.
+block. docs/decisions/feed-forward-in-blocks.md has the times.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from comfy.ldm.modules.attention import GEGLU, FeedForward
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...runtime.fused import GATED
 from ...runtime.leaf import LeafCore
 from ...runtime.norm_silu_conv import untouched
 from ...runtime.row_blocks import gated_blocks, in_blocks, suits
@@ -45,7 +46,7 @@ def _blocked(module: FeedForward) -> Callable[[Tensor], Tensor]:
 
     def _gated(x: Tensor) -> Tensor:
         first, *rest = module.net
-        x = first.proj(x, gated=True)
+        x = first.proj(x, GATED)
         for layer in rest:
             x = layer(x)
         return x

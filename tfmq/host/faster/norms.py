@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ...geometry import Geometry, Norm, geometry_of
 from ...kernels.table import CONV2D_STATIC, CONV2D_STATIC_NORMED, pick
 from ...runtime import norm_silu_conv
+from ...runtime.fused import Fused
 from ...runtime.leaf import LeafCore
 from ...scheme import STATIC, Plan
-from ..leaf.leaf import _HostLeaf
+from ..leaf.base import HostLeaf
 from ..model import PREFIX
 
 HOST_NORM = comfy.ops.disable_weight_init.GroupNorm
@@ -57,7 +58,7 @@ def _can(module: nn.Module, device: torch.device) -> bool:
     return geometry.is_conv and hasattr(pick(CONV2D_STATIC, device, geometry).module, CONV2D_STATIC_NORMED)
 
 
-def _together(norm: Any, leaf: _HostLeaf, x: Tensor) -> Tensor:
+def _together(norm: Any, leaf: HostLeaf, x: Tensor) -> Tensor:
     """The norm's parameters come as the host's own norm gets them: cast, streamed in, changed by weight functions."""
     if not isinstance(norm, HOST_NORM) or not (norm.comfy_cast_weights or norm.weight_function or norm.bias_function):
         return norm_silu_conv.together(norm, leaf, x)
@@ -66,4 +67,4 @@ def _together(norm: Any, leaf: _HostLeaf, x: Tensor) -> Tensor:
         weight, bias = weight.clone(), bias.clone()
     here = Norm(norm.num_groups, weight, bias, norm.eps)
     comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
-    return leaf(x, here)
+    return leaf(x, Fused(here))

@@ -1,7 +1,7 @@
 """LoRA after quantization: after every load, the patches of the patcher become residuals of the leaves.
 
 The host merges a patch by dequantizing, adding and rounding again, which re-rounds every code and multiplies the
-LoRA's error. The leaves decline that (`_HostLeaf.set_weight`) and add the patch in float instead. Running at ON_LOAD
+LoRA's error. The leaves decline that (`HostLeaf.set_weight`) and add the patch in float instead. Running at ON_LOAD
 makes one rule cover every way in: another strength, another clone, a LoRA taken out, partial and dynamic loading.
 """
 
@@ -17,14 +17,14 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from .leaf import _HostLeaf
+from .base import HostLeaf
 from .residual import Residual
 
 
 def reconcile(patcher: ModelPatcher, device: torch.device | None, *_: Any) -> None:
     """ON_LOAD callback: make the residuals of every leaf those that the patcher's patches ask for."""
     for path, module in patcher.model.named_modules():
-        if not isinstance(module, _HostLeaf):
+        if not isinstance(module, HostLeaf):
             continue
         module.hooked = None
         patches = patcher.patches.get(f"{path}.weight", [])
@@ -36,7 +36,7 @@ def unhook(patcher: ModelPatcher, hooks: Any = None) -> None:
     """ON_APPLY_HOOKS and ON_CLEANUP callback: leaves whose weight none of `hooks` patches compute in integers again."""
     on = {} if hooks is None else patcher.get_combined_hook_patches(hooks)
     for path, module in patcher.model.named_modules():
-        if isinstance(module, _HostLeaf) and f"{path}.weight" not in on:
+        if isinstance(module, HostLeaf) and f"{path}.weight" not in on:
             module.hooked = None
 
 
@@ -54,7 +54,7 @@ def unhook_behind_keyframes(patcher: ModelPatcher, *_: Any) -> None:
         unhook(patcher, patcher.current_hooks)
 
 
-def _residuals(patches: list[tuple], leaf: _HostLeaf, key: str) -> list[Residual]:
+def _residuals(patches: list[tuple], leaf: HostLeaf, key: str) -> list[Residual]:
     if not patches:
         return []
     low_rank = [_low_rank(p, leaf) for p in patches]
@@ -68,7 +68,7 @@ def _residuals(patches: list[tuple], leaf: _HostLeaf, key: str) -> list[Residual
     return [Residual((merged.float() - base).to(weight.dtype))]
 
 
-def _low_rank(patch: tuple, leaf: _HostLeaf) -> Residual | None:
+def _low_rank(patch: tuple, leaf: HostLeaf) -> Residual | None:
     strength, adapter, strength_model, offset, function = patch
     if strength_model != 1.0 or function is not None or type(adapter) is not LoRAAdapter:
         return None

@@ -25,7 +25,7 @@ from ...temporal.cache import CachedLayer, FeatureTable, Group, Statistics, Swit
 from ...temporal.inputs import Call, NotCovered, Projections, projections_of
 from ...temporal.tib import find_tib
 from ...words import counted
-from ..leaf.leaf import _HostLeaf
+from ..leaf.base import HostLeaf
 from ..model import PREFIX, diffusion_model_of, release
 from . import table as temporal_table
 from .key import Key, as_given, digest_of, timestep, to_come
@@ -305,7 +305,7 @@ def apply(patcher: Any, budget: int) -> ModelPatcher:
         _detach(clone, earlier, clone)
         clone.size = clone.model_size() + earlier.nbytes
     # A quantized temporal layer is small and may follow the clock of the call, so it is left alone.
-    paths = [path for path in modules if not isinstance(clone.get_model_object(PREFIX + path), _HostLeaf)]
+    paths = [path for path in modules if not isinstance(clone.get_model_object(PREFIX + path), HostLeaf)]
     if not paths:
         raise TfmqError(
             "All temporal layers of this MODEL are quantized by TFMQ already, so there is nothing to cache: use it as "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...files import PAIRS
@@ -22,10 +22,12 @@ from ...geometry import Geometry
 from ...kernels import reference
 from ...kernels.int8_product import MIN_ROWS, MULTIPLE, int8_product
 from ...kernels.table import LINEAR_STATIC, pick
+from ...runtime.fused import PLAIN, Fused
+from ...runtime.tables import Tables
 from ...temporal.fsc import quantize_activation, weight_codes, weight_grid
 from ...temporal.packing import SHIFT, from_halves, pack, signed_zero_point, unpack
 from ...timeline import Clock, Partition, TimeAxis
-from ..leaf.leaf import _HostLeaf
+from ..leaf.base import HostLeaf
 from ..leaf.residual import Residual
 
 NAME = "TFMQTemporalLayout"
@@ -151,23 +153,19 @@ def finite_set_clock(axis: TimeAxis, points: int) -> Clock:
     return Clock(axis, Partition(tuple((i + 0.5) / (points - 1) for i in range(points - 1))))
 
 
-class TemporalLinear(_HostLeaf):
+class TemporalLinear(HostLeaf):
     """Stands in for a Linear of the temporal path. clock: of `finite_set_clock`; dtype: of the float weight."""
 
-    act_scale: Tensor
-    act_zero_point: Tensor
-
     def __init__(self, state: TemporalState, clock: Clock, bias: Tensor | None, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.geometry = Geometry(state.shape)
         self.out_features, self.in_features = state.shape
         self.points = state.points
         self.clock = clock
-        self.register_buffer("act_scale", state.act_scale, persistent=False)
-        self.register_buffer("act_zero_point", state.act_zero_point, persistent=False)
+        self.tables = Tables(state.act_scale, state.act_zero_point)
         # A row is the whole feature, bias included.
         qdata = state.codes if state.bits else state.rows
-        self._hold(QuantizedTensor(qdata, NAME, _params(state, dtype)), bias if state.bits else None)
+        self.hold_weight(QuantizedTensor(qdata, NAME, _params(state, dtype)), bias if state.bits else None)
 
     @property
     def state(self) -> TemporalState:
@@ -175,14 +173,15 @@ class TemporalLinear(_HostLeaf):
         weight = self.weight
         assert isinstance(weight, QuantizedTensor)
         p, device = weight._params, weight.device
+        act_scale, act_zero_point = self.tables.grid(0)
         return TemporalState(
             tuple(p.orig_shape), self.points, p.bits, weight._qdata if p.bits else absent(torch.uint8), p.scale,
-            p.zero_point, self.act_scale.to(device), self.act_zero_point.to(device),
+            p.zero_point, act_scale.to(device), act_zero_point.to(device),
             p.rows if p.bits else weight._qdata, p.row_scale, p.row_low, p.row_start,
         )  # fmt: skip
 
-    def integer_forward(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+    def integer_forward(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, fused: Fused = PLAIN) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype. fused: nothing is, with such a layer."""
         p, flat = weight._params, x.reshape(-1, x.shape[-1])
         y = self._product(flat, weight._qdata, p, bias) if p.bits else x.new_zeros(flat.shape[0], p.orig_shape[0])
         return self._with_rows(y, weight).to(x.dtype).reshape(*x.shape[:-1], -1)
@@ -199,9 +198,8 @@ class TemporalLinear(_HostLeaf):
 
     def _product(self, x: Tensor, packed: Tensor, p: Any, bias: Tensor | None) -> Tensor:
         """x [M, K] -> float32 [M, N]. sum (q - z) (c - v) = sum q c - z sum c - v sum q + K z v, all in integers."""
-        now = self.clock.index(self.act_scale.device)
-        scale = self.act_scale.index_select(0, now).to(x.device)
-        zero = self.act_zero_point.index_select(0, now).to(x.device)
+        now = self.clock.index(x.device)
+        scale, zero = (grid.to(x.device).index_select(0, now) for grid in self.tables.grid(0))
         q = (quantize_activation(x, scale.unsqueeze(1), zero.unsqueeze(1)) - SHIFT).to(torch.int8)
         codes = unpack(packed, p.bits, x.shape[1])
         acc, sums = _integer_product(q, codes)

@@ -26,8 +26,8 @@ FLOAT, INT8, INT4, SELECTED = "float", "int8 (TIAR + FSC)", "int4 (TIAR + FSC)",
 MODES = {
     FLOAT: Choice("left as they are"),
     INT8: Choice("8 bits, with rounding fitted to all timesteps", 8),
-    INT4: Choice("4 bits, the same", 4),
-    SELECTED: Choice("per layer the least error of these and of caches, in at most the bytes of int8"),
+    INT4: Choice("4 bits, with rounding fitted to all timesteps", 4),
+    SELECTED: Choice("per layer the least error of these, caches and float weights, in at most the bytes of int8"),
 }
 INTERVALS = 25  # parts of the time axis of which a selection may cache some and not others
 
@@ -80,8 +80,7 @@ def solve(network: Network, mode: str, axis: TimeAxis, progress: Progress) -> Te
             found = _selected(graph, times, tibs, chosen)
         else:
             found = _one_width(graph, times, tibs[mode], mode)
-    offload = network.patcher.offload_device
-    return replace(found, states={path: _state_to(state, offload) for path, state in found.states.items()})
+    return replace(found, states={p: _to(state, network.patcher.offload_device) for p, state in found.states.items()})
 
 
 def _one_width(graph: TemporalGraph, times: FiniteSet, tib: QuantizedTib, mode: str) -> Temporal:
@@ -114,12 +113,12 @@ def _selected(graph: TemporalGraph, times: FiniteSet, tibs: dict[str, QuantizedT
     for path, choice in chosen.choices.items():
         base = choice.rows if len(choice.cached) == INTERVALS else choice.base
         if base in (CACHE8, CACHE16):
-            states[path] = _with(temporal_state(shapes[path], count), _rows(floats[path], base))
+            states[path] = replace(temporal_state(shapes[path], count), **_rows(floats[path], base))
             deaf += [f"{path}.bias"] + ([f"{path}.weight"] if chosen.embedder == NONE else [])
             cached = True
         elif base in tibs:
             rows = _rows(floats[path], choice.rows, choice.cached) if choice.cached else {}
-            states[path] = _with(_weights(tibs[base].layers[path], count), rows)
+            states[path] = replace(_weights(tibs[base].layers[path], count), **rows)
             cached = cached or bool(choice.cached)
         reasons[path] = f"{base}: {choice.why}"
     if cached:
@@ -139,7 +138,7 @@ def _weights(layer: QuantizedLayer, points: int) -> TemporalState:
     )  # fmt: skip
 
 
-def _rows(features: Tensor, kind: str, intervals: Iterable[int] | None = None) -> dict[str, Tensor]:
+def _rows(features: Tensor, kind: str, intervals: Iterable[int] | None = None) -> dict[str, Any]:
     """The tensors of a cache of features [T, N], of all timesteps or of those of some intervals."""
     table: dict[str, Tensor] = {}
     if kind == CACHE16:
@@ -165,10 +164,6 @@ def with_float64(device: torch.device) -> torch.device:
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
-def _state_to(state: TemporalState, device: Any) -> TemporalState:
-    return _with(state, {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)})
-
-
-def _with(state: TemporalState, tensors: dict[str, Tensor]) -> TemporalState:
-    changed: dict[str, Any] = {**tensors}
-    return replace(state, **changed)
+def _to(state: TemporalState, device: Any) -> TemporalState:
+    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(state).items() if isinstance(v, Tensor)}
+    return replace(state, **tensors)

@@ -14,7 +14,7 @@ from ...temporal.fsc import FiniteSet, QuantizedTib, nearest_tib
 from ...temporal.selection import Choice, Selection, feature_errors, select
 from ...temporal.tiar import tiar
 from ...words import counted
-from ..model import require_float_model, time_axis
+from ..model import time_axis
 from ..network import Network
 from .graph import graph_of
 
@@ -51,7 +51,6 @@ def examine(
     steps: of TIAR's joint stage. budget: bytes for the selection, by default those of the int8 variant. progress:
     called with (done, total). Raises TfmqError for a MODEL without a TIB, or one that depends on more than t.
     """
-    require_float_model(patcher)
     graph = graph_of(Network.of(patcher), torch.device("cpu"))
     times = FiniteSet.of(time_axis(patcher))
     tibs: dict[str, QuantizedTib] = {}

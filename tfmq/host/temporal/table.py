@@ -32,6 +32,7 @@ from ...temporal.tib import Tib, find_tib
 from ...timeline import TimeAxis
 from ...words import Choice
 from ..model import PREFIX
+from .key import timestep
 
 NAME = "tfmq_temporal_table"
 WEIGHTS, TABLE = "weights", "table"
@@ -66,7 +67,10 @@ def make(
                 f'Temporal layer {path} is quantized already, so a table of it would keep that error: choose "float" '
                 'as temporal in TFMQ Quantize, or "weights" here.'
             )
-    graph = _shell(network, tib)
+    # The wiring alone: the weights of a large model are too many to hold twice.
+    names = [f"{path}.{part}" for path in tib.layers for part in ("weight", "bias")]
+    empty = dict.fromkeys(names, torch.zeros(1, 1))
+    graph = temporal_graph(network, embed=lambda t: t, weights=empty, tib=tib)
     source = _Source(graph, _embedding(network, tib, graph), baked)
     inner = inner_layers(graph, tib.architecture)
     layers = {path: source.function(path) for path in graph.layers if path not in inner}
@@ -110,13 +114,6 @@ def _require_t_alone(network: nn.Module, tib: Tib) -> None:
 
 def _is_integer(weight: Any) -> bool:
     return not isinstance(weight, Tensor) or not weight.dtype.is_floating_point
-
-
-def _shell(network: nn.Module, tib: Tib) -> TemporalGraph:
-    """The wiring of the TIB, with empty weights: those of a large model are too many to hold twice."""
-    none = torch.zeros(1, 1)
-    names = [f"{path}.{part}" for path in tib.layers for part in ("weight", "bias")]
-    return temporal_graph(network, embed=lambda t: t, weights=dict.fromkeys(names, none), tib=tib)
 
 
 class _Caught(Exception):
@@ -274,8 +271,7 @@ class MomentWrapper:
         options = conds.get("transformer_options") or (args[3] if len(args) > 3 else {})
         self._refuse(options or {}, conds)
         given = {name: value for name, value in conds.items() if name not in ("x", "transformer_options", "control")}
-        t = base.model_sampling.timestep(sigma).float()
-        t = base.process_timestep(t, x=x, **given)
+        t = timestep(base, x, sigma, given)
         if t.shape != sigma.shape:
             raise TfmqError(
                 "This run has one timestep per frame or token, which a temporal table does not hold: save the model "

@@ -1,7 +1,7 @@
 """int8 on NVIDIA GPUs in Triton: one pass that quantizes, one that multiplies and finishes. Weights in 8 or 4 bits.
 
 Nothing here imports Triton before it is used: the pack runs without it. Under torch.compile the operations appear as
-custom operations (`triton_ops`), which a compiled graph takes as they are.
+custom operations (`ops`), which a compiled graph takes as they are.
 """
 
 from __future__ import annotations
