@@ -27,6 +27,7 @@ from ..geometry import Geometry
 from ..kernels.costs import Costs
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
+from ..rounding.forwards import Forwards
 from ..runtime.run_state import RunState
 from ..scheme import Plan, Recipe, Scheme
 from ..solve.layer import size_of, solve_layer
@@ -167,24 +168,21 @@ def _measure(
         energy = sum(float(r.cpu().double().square().sum()) for r in reference)
         for path, schemes in options.items():
             module = network.get_submodule(path)
-            parent, _, name = path.rpartition(".")
-            holder, bias = network.get_submodule(parent), module.bias
             weight = patched[path] if path in patched else module.weight.detach()
             weight = weight.to(clone.load_device)
             out[path] = [Option(FLOAT, 2 * weight.numel(), 0.0)]
             for bits, scheme in schemes.items():
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
-                kept = None if bias is None else bias.detach()
+                kept = None if module.bias is None else module.bias.detach()
                 leaf = make_leaf(module, state, geometries[path], clock, kept, module.weight.dtype)
-                try:
-                    setattr(holder, name, leaf.to(clone.load_device))
+                leaf.to(clone.load_device)
+                with Forwards() as forwards:
+                    forwards.replace(module, leaf)
                     error = sum(
                         float((replay(batch).float() - r).cpu().double().square().sum())
                         for batch, r in zip(batches, reference, strict=True)
                     )
-                finally:
-                    setattr(holder, name, module)
                 out[path].append(Option(bits, state.nbytes, error / max(energy, 1e-30)))
                 done += 1
                 progress(done, total)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..state import Rounded
 from . import tree
 from .adaround import Draw, Group, fit
-from .forwards import plain_parameters
+from .forwards import Forwards, plain_parameters
 from .layer import Layer, Rows
 from .reconstruct import HELD_OUT, Progress, Source, outputs
 from .units import find_units
@@ -135,22 +135,15 @@ class _Work:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        before: list[tuple[nn.Module, Any]] = []
         kept = [(layer, dict(vars(layer))) for layer in self.layers.values()]
         makers: list[tuple[str, Callable[[str, Any], Any]]] = [(path, self._layer_forward) for path in self.layers]
         makers += [*((path, self._unit_forward) for path in self.units), ("", self._network_forward)]
         try:
-            for path, make in makers:
-                module = self.modules[path]
-                before.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = make(path, module.forward)
-            yield
+            with Forwards() as forwards:
+                for path, make in makers:
+                    forwards.replace(self.modules[path], make(path, self.modules[path].forward))
+                yield
         finally:
-            for module, forward in reversed(before):
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
             for layer, values in kept:
                 vars(layer).update(values)
 

@@ -1,13 +1,42 @@
-"""A module whose parameters can take part in training, whatever the host made of them."""
+"""Modules that compute something else for a while, and modules whose parameters can take part in training.
+
+`Forwards` is the one way to replace what a module of a network computes, where the host's patcher does not do it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+
+class Forwards:
+    """Forwards that stand in the place of others until the block ends, or until `restore`."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """A module may be given another one on top of the first: what it had is its `forward` until then."""
+        self._before.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    def restore(self) -> None:
+        """Everything as it was; an override of somebody else's is back as well."""
+        while self._before:
+            module, before = self._before.pop()
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
+
+    def __enter__(self) -> Forwards:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.restore()
 
 
 @contextmanager

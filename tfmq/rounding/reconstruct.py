@@ -25,7 +25,7 @@ from ..state import Rounded
 from . import tree
 from .adaround import Call, Group, Settings, Starting, adaround, measure
 from .checkpoint import read_unit, write_unit
-from .forwards import plain_parameters
+from .forwards import Forwards, plain_parameters
 from .gptq4 import LIMIT, Gram, feedback, input_columns
 from .lanes import Lane
 from .layer import Layer, Rows, grid_to
@@ -159,7 +159,7 @@ class _Work:
         self.seconds: dict[str, float] = {}
         self.changed: set[str] = set()
         self.passes: list[_Pass] = []
-        self._installed: list[tuple[nn.Module, Any]] = []
+        self._forwards = Forwards()
         # What the network's modules read while they run.
         self.now: _Pass | None = None
         self.quantized, self.rows, self.dtype = False, Rows(torch.zeros(1).long(), torch.zeros(1).long()), torch.float32
@@ -179,26 +179,16 @@ class _Work:
                     setattr(layer, name, value.clone())  # autograd takes no tensor that was made in inference mode
             if layer.scheme.weight_bits == 8:
                 layer.round_to_8_bits(self.weight(path))
-            self._replace(path, self._layer_forward)
+            self._forwards.replace(self.modules[path], self._layer_forward(path, self.modules[path].forward))
         if self.settings is not None:
             for path in self.units:
-                self._replace(path, self._unit_forward)
+                self._forwards.replace(self.modules[path], self._unit_forward(path, self.modules[path].forward))
 
     def restore(self) -> None:
         for one in self.passes:
             one.lane.close()
         self.passes.clear()
-        for module, before in reversed(self._installed):
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before
-        self._installed.clear()
-
-    def _replace(self, path: str, make: Callable[[str, Any], Any]) -> None:
-        module = self.modules[path]
-        self._installed.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = make(path, module.forward)
+        self._forwards.restore()
 
     def _layer_forward(self, path: str, original: Any) -> Any:
         layer = self.layers[path]
