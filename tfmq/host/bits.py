@@ -24,6 +24,7 @@ from ..formats.int4 import GROUPS
 from ..kernels.costs import Costs
 from ..observe.calibration import Calibration
 from ..observe.samples import Samples
+from ..rounding.forwards import Forwards
 from ..runtime.run_state import RunState
 from ..scheme import Plan, Recipe, Scheme
 from ..solve.layer import size_of, solve_layer
@@ -150,24 +151,20 @@ def _measure(
         reference = [replay(batch).float() for batch in batches]
         energy = sum(float(r.cpu().double().square().sum()) for r in reference)
         for path, schemes in options.items():
-            module = network.layers[path]
-            parent, _, name = path.rpartition(".")
-            holder, bias = network.module.get_submodule(parent), module.bias
-            weight = weights(path)
+            module, weight = network.layers[path], weights(path)
             out[path] = [Option(FLOAT, 2 * weight.numel(), 0.0)]
             for bits, scheme in schemes.items():
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 state = solve_layer(scheme, calibration.layers[path], weight, recipe.ranges)
-                kept = None if bias is None else bias.detach()
+                kept = None if module.bias is None else module.bias.detach()
                 leaf = make_leaf(module, state, network.geometries[path], clock, kept, module.weight.dtype)
-                try:
-                    setattr(holder, name, leaf.to(clone.load_device))
+                leaf.to(clone.load_device)
+                with Forwards() as forwards:
+                    forwards.replace(module, leaf)
                     error = sum(
                         float((replay(batch).float() - r).cpu().double().square().sum())
                         for batch, r in zip(batches, reference, strict=True)
                     )
-                finally:
-                    setattr(holder, name, module)
                 out[path].append(Option(bits, state.nbytes, error / max(energy, 1e-30)))
                 done += 1
                 progress(done, total)

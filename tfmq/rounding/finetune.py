@@ -125,16 +125,15 @@ class _Work:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        forwards = Forwards()
         kept = [(layer, dict(vars(layer))) for layer in self.layers.values()]
         makers: list[tuple[str, Callable[[str, Any], Any]]] = [(path, self._layer_forward) for path in self.layers]
         makers += [*((path, self._unit_forward) for path in self.units), ("", self._network_forward)]
         try:
-            for path, make in makers:
-                forwards.replace(self.modules[path], partial(make, path))
-            yield
+            with Forwards() as forwards:
+                for path, make in makers:
+                    forwards.replace(self.modules[path], make(path, self.modules[path].forward))
+                yield
         finally:
-            forwards.restore()
             for layer, values in kept:
                 vars(layer).update(values)
 

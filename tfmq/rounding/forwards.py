@@ -1,4 +1,7 @@
-"""Modules while they are worked on: forwards that are replaced, and parameters that can take part in training."""
+"""Modules that compute something else for a while, and modules whose parameters can take part in training.
+
+`Forwards` is the one way to replace what a module of a network computes, where the host's patcher does not do it.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,29 @@ from torch import nn
 
 
 class Forwards:
-    """Forwards of modules that stand in for their own until `restore`."""
+    """Forwards that stand in the place of others until the block ends, or until `restore`."""
 
     def __init__(self) -> None:
         self._before: list[tuple[nn.Module, Any]] = []
 
-    def replace(self, module: nn.Module, make: Callable[[Any], Any]) -> None:
-        """make: forward that is there -> forward."""
+    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """A module may be given another one on top of the first: what it had is its `forward` until then."""
         self._before.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = make(module.forward)
+        module.__dict__["forward"] = forward
 
     def restore(self) -> None:
-        for module, before in reversed(self._before):
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
+        """Everything as it was; an override of somebody else's is back as well."""
+        while self._before:
+            module, before = self._before.pop()
+            module.__dict__.pop("forward", None)
+            if before is not None:
                 module.__dict__["forward"] = before
-        self._before.clear()
+
+    def __enter__(self) -> Forwards:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.restore()
 
 
 @contextmanager

@@ -35,10 +35,10 @@ class Hooks:
         self.quantized, self.rows, self.dtype = False, Rows(torch.zeros(1).long(), torch.zeros(1).long()), torch.float32
 
     def on_layer(self, path: str) -> None:
-        self._forwards.replace(self.modules[path], lambda original: self._layer_forward(path, original))
+        self._forwards.replace(self.modules[path], self._layer_forward(path, self.modules[path].forward))
 
     def on_unit(self, path: str) -> None:
-        self._forwards.replace(self.modules[path], lambda original: self._unit_forward(path, original))
+        self._forwards.replace(self.modules[path], self._unit_forward(path, self.modules[path].forward))
 
     def restore(self) -> None:
         for one in self.passes:

@@ -101,9 +101,11 @@ class LeafCore(nn.Module):
             shared = None
         codes = None if shared is None else shared.codes
         if codes is None:
-            scheme, tables = self.scheme, self.tables
-            rows, about = self._rotated(x, module) if scheme.rotation else (x, tables.inverse_balance)  # type: Tensor, Any
-            more: tuple[int, ...] = ()
+            scheme, tables, more = self.scheme, self.tables, tuple[int, ...]()
+            rows = x
+            about: Any = tables.inverse_balance  # or of what is rotated; then the grid, where that is static
+            if scheme.rotation:
+                rows, about = self._rotated(x, module)
             if tables.act_scale is None:
                 more = (scheme.activation_bits,)
             elif not tables.apart:
