@@ -101,7 +101,8 @@ class LeafCore(nn.Module):
             shared = None
         codes = None if shared is None else shared.codes
         if codes is None:
-            scheme, tables, more = self.scheme, self.tables, tuple[int, ...]()
+            scheme, tables = self.scheme, self.tables
+            more: tuple[int, ...] = ()
             rows = x
             about: Any = tables.inverse_balance  # or of what is rotated; then the grid, where that is static
             if scheme.rotation:
