@@ -114,12 +114,12 @@ def test_six_bits_are_six_bits(layers):
     assert int(codes.min()) == -32 and int(codes.max()) == 31
     from tfmq.geometry import Geometry
     from tfmq.runtime.leaf import QuantLinear
+    from tfmq.runtime.run_state import RunState
     from tfmq.solve.layer import solve_layer
-    from tfmq.timeline import Clock
 
     weight = torch.eye(4)
     state = solve_layer(Scheme(8, 6, STATIC), layers["moves"], weight, "mse")
-    clock = Clock(TimeAxis(0, 999), PARTITION)
+    clock = RunState(TimeAxis(0, 999), PARTITION)
     clock.set(torch.tensor([0.0]))
     x = torch.tensor([[-1e3, -0.1, 0.1, 1e3]])
     y = QuantLinear(state, Geometry((4, 4)), clock)(x)
