@@ -107,7 +107,9 @@ def bench(python: str, checkpoint: str, arguments: argparse.Namespace, rest: lis
             file=sys.stderr,
         )
         return 2
-    command = [python, "-m", f"bench.{arguments.name}", "--device", arguments.device]
+    command = [python, "-m", f"bench.{arguments.name}"]
+    if arguments.device or arguments.name != "gpu_check":  # which looks for a GPU by itself
+        command += ["--device", arguments.device or "cpu"]
     command += ["--checkpoint", _existing(started_in, arguments.checkpoint) or checkpoint]
     command += ["--prompts", _existing(started_in, arguments.prompts) or str(PROMPTS)]
     if arguments.json:
@@ -164,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name")
     bench.add_argument("--checkpoint", metavar="FILE", help="an SD1.5-format checkpoint (default: the demo's)")
     bench.add_argument("--prompts", metavar="FILE", help="a text file, one prompt per line (default: the demo's)")
-    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu; of gpu_check: a GPU where one is")
     bench.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser
 

@@ -72,6 +72,11 @@ class Scheme:
         return None
 
     @property
+    def grouped(self) -> bool:
+        """Whether the weight is packed integers of 4 bits, with a factor and a zero per group."""
+        return self.weight_bits == 4 and self.weight_format == INT
+
+    @property
     def label(self) -> str:
         suffix = ", branches apart" if self.branches > 1 else ""
         balanced = (" balanced" if self.balanced else "") + (" rotated" if self.rotation else "")

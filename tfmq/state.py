@@ -64,7 +64,7 @@ class LayerState(_Tensors):
     ) -> LayerState:
         """The inverse of `tensors`; those that are None count as not there. Raises KeyError with the name of one that
         the scheme needs and that is not there."""
-        needed = *(GROUPED if scheme.group else ()), *(TABLES if scheme.activation == STATIC else ())
+        needed = *(GROUPED if scheme.grouped else ()), *(TABLES if scheme.activation == STATIC else ())
         return cls(kind, scheme, shape, **_checked(tensors, needed))
 
     @property

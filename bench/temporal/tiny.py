@@ -74,7 +74,7 @@ del _HUNYUAN_VIDEO["txt_ids_dims"]
 
 @dataclass(frozen=True)
 class Tiny:
-    """architecture and config: as in `temporal_models.MODELS`. x: shape of the latents without the batch.
+    """architecture and config: as in `models.MODELS`. x: shape of the latents without the batch.
 
     t: shape of t without the batch; scale: largest t. vector, text: shapes (without the batch) of further inputs by the
     keyword that the model takes. fixed: further arguments, made from the batch size.

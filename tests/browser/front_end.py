@@ -29,6 +29,8 @@ NOISE = {
     "huggingface.co/Comfy-Org/z_image_turbo": "sizes of the start-up graph's models",
     # Front end 1.47 asks for a style sheet of the person's own at a place where its server never has one.
     "/user.css": "no style sheet of the person's own",
+    # Front end 1.47, in its Vue, when a node of the page is gone already; seen on a busy machine. We have no scripts.
+    "vendor-vue-core": "the front end's own page",
     # Front end 1.47 logs this while it starts.
     "ComfyApp graph accessed before initialization": "start-up order of the front end",
 }

@@ -15,6 +15,7 @@ import torch
 from demo import checkpoint
 from devkit import inprocess
 from devkit.paths import ROOT
+from tfmq.kernels import int8_product
 
 FLOATS = {"float32", "float16"}
 QUANTIZED = {
@@ -93,6 +94,8 @@ def test_bad_arguments_end_in_a_sentence(arguments, words):
 
 
 def test_the_hosts_own_layers_compute_in_its_formats():
+    if not int8_product._adds_exactly():
+        pytest.skip("torch's int8 product, which the host's int8 takes, saturates on this processor")
     inprocess.use_host()
     import comfy.ops
 

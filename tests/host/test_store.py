@@ -203,16 +203,25 @@ def test_a_clone_onto_a_network_of_its_own(quantized, saved):
         assert inside and all(module.clock is clock for module in inside)
 
 
+class NotForTwo:
+    def __deepcopy__(self, memo):
+        raise AssertionError("it would be freed twice")
+
+
 def test_a_clone_for_another_gpu_has_leaves_of_its_own(quantized, saved):
     """It runs at the same time, in another thread; tables and weights of one leaf cannot be in two places."""
     for source in (quantized, load(saved)[0]):
         source = source.clone()
         if source.cached_patcher_init is None:
             source.cached_patcher_init = patchers.load, ()
+        streamed = next(iter(patchers.leaves(source).values()))
+        streamed._v = NotForTwo()  # memory of this GPU, which dynamic loading hangs on a leaf
         with torch.inference_mode():
             clone = source.deepclone_multigpu(new_load_device=torch.device("cpu"))
             again = source.clone(model_override=clone.get_clone_model_override())  # as the host does before each run
+        del streamed._v
         ours, theirs, later = (patchers.leaves(one) for one in (source, clone, again))
+        assert not any(hasattr(leaf, "_v") for leaf in theirs.values())
         assert ours.keys() == theirs.keys() and not {*ours.values()} & {*theirs.values()}
         assert all(later[path] is leaf for path, leaf in theirs.items())
         assert all(leaf.clock is ours[path].clock for path, leaf in theirs.items())

@@ -72,6 +72,21 @@ def test_a_host_that_is_always_too_slow_ends_too() -> None:
     assert watch.seconds(lambda: gpu.launch(1e-3, 1e-5)) == pytest.approx(1e-3, rel=0.1)
 
 
+def test_launches_that_block_are_not_waited_for_longer_and_longer() -> None:
+    gpu = Gpu()
+    watch = Stopwatch(gpu, lambda: gpu.host)
+
+    def blocking() -> None:
+        gpu.launch(1e-5, 1e-5)
+        gpu.wait()
+
+    gpu.busy = lambda seconds: (gpu.launch(1e-5, seconds), gpu.wait())
+    for _ in range(20):
+        before = gpu.host
+        watch.seconds(blocking)
+        assert gpu.host - before < device_time.TRIES * (device_time.LONGEST + 0.01)
+
+
 def test_the_tuner_takes_the_quickest_kernel_although_python_takes_longer() -> None:
     layer, at = Shape("3 x 3 int8", 8192, 320, 320, 9), Machine("a GPU", (9, 0), 132)
     tiles = triton_tune.candidates(layer, at)

@@ -31,7 +31,10 @@ def test_packing_loses_nothing(n: int, half: int, seed: int) -> None:
     codes = torch.randint(0, 16, (n, 2 * half), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack(codes)
     assert packed.shape == (n, half) and packed.dtype == torch.uint8
-    assert torch.equal(unpack(packed), codes)
+    assert packed.is_contiguous() and torch.equal(unpack(packed), codes)
+    columns_first = packed.t().contiguous().t()  # the same bytes, those of a column one behind the other
+    assert torch.equal(unpack(columns_first), codes)
+    assert torch.equal(pack(codes.t().contiguous().t()), packed)
 
 
 def test_what_does_not_pack_is_refused() -> None:

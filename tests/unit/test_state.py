@@ -36,7 +36,8 @@ def schemes(draw: Any) -> tuple[Scheme, tuple[int, ...]]:
     rotation = draw(st.sampled_from([0, 16])) if len(shape) == 2 else 0
     branches = draw(st.integers(1, 2)) if activation == STATIC else 1
     permuted = bool(rotation) and draw(st.booleans())
-    return Scheme(form, 8, activation, balanced, branches, rotation, 0 if form == 8 else 32, permuted=permuted), shape
+    group = draw(st.sampled_from([0, 32])) if form == 8 else 32  # 8 bits may name one, left over from 4
+    return Scheme(form, 8, activation, balanced, branches, rotation, group, permuted=permuted), shape
 
 
 def state_of(scheme: Scheme, shape: tuple[int, ...]) -> LayerState:
@@ -46,7 +47,7 @@ def state_of(scheme: Scheme, shape: tuple[int, ...]) -> LayerState:
         "codes": number(*shape, dtype=torch.int8) if eight else number(N, entries // 2, dtype=torch.uint8),
         "scale": number(N) + 0.5,
     }
-    if scheme.group:
+    if not eight and scheme.group:
         found |= {name: number(N, entries // scheme.group, dtype=torch.uint8) for name in ("factor", "zero")}
     if scheme.balanced:
         found["balance"] = number(K) + 0.5

@@ -28,6 +28,7 @@ def fault(device: torch.device) -> str | None:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_found", {})
+    monkeypatch.setattr(trial, "_open", set())
     table.pick.cache_clear()
     yield
     table.pick.cache_clear()
@@ -68,9 +69,30 @@ def test_memory_that_runs_out_says_nothing(on_cpu: None, monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(trial, "_wrong", full)
-    assert fault(CPU) is None
+    assert fault(CPU) is None and not trial.settled()
     monkeypatch.setattr(trial, "_wrong", lambda *_: "wrong")
-    assert fault(CPU) == "wrong"
+    assert fault(CPU) == "wrong" and trial.settled()
+
+
+@pytest.mark.parametrize("text", ["Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling x"])
+def test_memory_runs_out_by_other_names_too(on_cpu: None, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    def full(*_: object) -> str | None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(trial, "_wrong", full)
+    assert fault(CPU) is None and not trial.settled()
+
+
+def test_a_pick_of_a_moment_without_memory_is_not_kept(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str | None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(trial, "_wrong", full)
+    geometry = Geometry((72, 64))
+    first = table.pick(LINEAR_STATIC, CPU, geometry).name
+    monkeypatch.setattr(trial, "_wrong", lambda *_: "computes wrongly here")
+    second = table.pick(LINEAR_STATIC, CPU, geometry).name
+    assert (first, second) == ("triton", table.pick(LINEAR_STATIC, CPU, Geometry((80, 64))).name) and second != first
 
 
 def test_an_interrupt_goes_through(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

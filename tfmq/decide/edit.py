@@ -88,7 +88,10 @@ def _scheme(path: str, decided: Scheme, given: Mapping[str, Any]) -> Scheme:
     unknown = given.keys() - asdict(decided).keys()
     if unknown:
         raise TfmqError(f"The plan gives layer {path} a field {min(unknown)!r}, which no scheme has: take it out.")
-    return replace(decided, **given)
+    scheme = replace(decided, **given)
+    if not scheme.grouped:
+        return replace(scheme, group=0)  # left over from another number of bits
+    return replace(scheme, group=decided.group) if scheme.group == 0 else scheme
 
 
 def _require_possible(path: str, scheme: Scheme, statistics: LayerStatistics) -> None:

@@ -130,12 +130,12 @@ def pack(codes: Tensor) -> Tensor:
         raise ValueError(f"an odd number of columns ({codes.shape[1]}) does not pack")
     if codes.numel() and int(codes.max()) > TOP:
         raise ValueError(f"a 4-bit code is at most {TOP}, got {int(codes.max())}")
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
 
 
 def unpack(packed: Tensor) -> Tensor:
     """[N, K' / 2] -> codes uint8 [N, K'], a new tensor."""
-    wide = packed.to(torch.int16)
+    wide = packed.contiguous().to(torch.int16)  # only bytes of one row that lie together make a pair
     return ((wide << 4).bitwise_or_(wide)).bitwise_and_(0x0F0F).view(torch.uint8)  # a little-endian pair of bytes
 
 

@@ -119,7 +119,7 @@ def _unknown_ends(network: Network, calibration: Calibration) -> dict[str, str]:
 def _rounded(
     network: Network, calibration: Calibration, plan: Plan, grids: Mapping[str, Grid], progress: Any
 ) -> Result:
-    """The codes of the 4-bit layers, by the recipe's way of rounding; none for nearest."""
+    """Codes of the 4-bit layers by the recipe's way of rounding, and with them those of 8 bits; none for nearest."""
     fours = any(scheme.weight_bits == 4 and scheme.weight_format == INT for scheme in plan.layers.values())
     if plan.recipe.rounding == NEAREST or not fours:
         return Result({}, {}, 0, 0)

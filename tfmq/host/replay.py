@@ -59,13 +59,13 @@ def replayed(
 ) -> Iterator[Replay]:
     """The samples and the MODEL to run them, loaded. gradients: with attention that has a gradient."""
     replay = Replay(clone, samples)
-    if load:
-        comfy.model_management.load_models_gpu([clone])
-    clone.pre_run()
-    # Some of the host's kernels have no gradient; while this is set it takes others.
     training = comfy.model_management.in_training
-    comfy.model_management.in_training = training or gradients
     try:
+        if load:
+            comfy.model_management.load_models_gpu([clone])
+        clone.pre_run()
+        # Some of the host's kernels have no gradient; while this is set it takes others.
+        comfy.model_management.in_training = training or gradients
         yield replay
     finally:
         comfy.model_management.in_training = training

@@ -16,6 +16,7 @@ import torch
 RUNS = 10  # per measurement
 TRIES = 4  # with a longer wait each, where the host was too slow
 CYCLES = 3e9  # of a GPU's clock in a second, at least: a wait may be too long, and one too short is seen
+LONGEST = 0.05  # of such a wait: where launches block (CUDA_LAUNCH_BLOCKING, a profiler), none is long enough
 SHORTEST = 5e-4  # seconds that the device is kept busy at first: about RUNS launches of 30 us, with room
 
 
@@ -85,9 +86,9 @@ class Stopwatch:
             end = self.device.mark()
             self.device.wait()
             took = start.elapsed_time(end) / 1e3 / RUNS
-            if not idle:
+            if not idle or self.ahead == LONGEST:
                 break
-            self.ahead = 2 * max(self.ahead, queued)
+            self.ahead = min(LONGEST, 2 * max(self.ahead, queued))
         return took
 
 

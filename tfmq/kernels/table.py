@@ -73,7 +73,7 @@ def _int_mm(operation: str, device: torch.device, geometry: Geometry) -> str | N
     reason = no_int8(device)
     if reason is None and geometry.is_conv and (geometry.shape[2:] != (1, 1) or any(geometry.padding)):
         reason = "only 1 x 1 convolutions on a GPU: others would have to gather their patches byte by byte"
-    return reason or slower(device, geometry, int_mm.PASSES)
+    return reason or slower(device, geometry, int_mm.PASSES) or trial.fault("int_mm", int_mm, device)
 
 
 def _float_conv(operation: str, device: torch.device, geometry: Geometry) -> str | None:
@@ -127,7 +127,12 @@ BACKENDS = (
 
 def pick(operation: str, device: torch.device, geometry: Geometry) -> Backend:
     """The first backend that runs `operation` for this layer on this device."""
-    return (_kept if trial.possible(device) else _first)(operation, device, geometry)
+    if not trial.possible(device):
+        return _first(operation, device, geometry)
+    found = _kept(operation, device, geometry)
+    if not trial.settled():  # memory ran out in a trial, which will be tried again
+        _kept.cache_clear()
+    return found
 
 
 def _first(operation: str, device: torch.device, geometry: Geometry) -> Backend:

@@ -27,7 +27,9 @@ ROWS, CHANNELS, OUTPUTS = 40, 64, 48
 OPERATIONS = "linear_static", "linear_dynamic", "conv2d_static"
 TOLERANCE = 2e-3  # norm of the error over that of the result; float16 rounds it to 3e-4
 
+OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED"  # in errors of Triton's loader and of cuBLAS
 _found: dict[Hashable, Any] = {}
+_open: set[Hashable] = set()  # questions whose trial was begun and said nothing
 _lock = threading.RLock()  # a trial may ask for another
 
 
@@ -48,8 +50,15 @@ def once(question: Hashable, attempt: Callable[[], Any], device: torch.device) -
         return _found.get(question)
     with _lock:
         if question not in _found:
+            _open.add(question)
             _found[question] = attempt()
+            _open.discard(question)
     return _found[question]
+
+
+def settled() -> bool:
+    """Whether every trial that was begun has said something: what is picked meanwhile holds for good."""
+    return not _open
 
 
 def fault(
@@ -70,6 +79,8 @@ def fault(
         except torch.OutOfMemoryError:  # says nothing about the backend
             raise
         except Exception as error:  # of a compiler, an assembler, a driver: they share no base class
+            if any(word in str(error) for word in OUT_OF_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from error
             reason = sentence(error)
         if reason is not None:
             logging.warning("TFMQ: %s is not used on %s: it %s", name, device, reason)

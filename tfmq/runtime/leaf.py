@@ -97,6 +97,7 @@ class LeafCore(nn.Module):
         shared = None if here is None else here.shared_input
         if shared is not None and gated:
             shared.drop()
+            shared = None
         elif shared is not None and not shared.read(self, x, module):
             shared = None
         codes = None if shared is None else shared.codes

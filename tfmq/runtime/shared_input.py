@@ -18,7 +18,7 @@ class Reading(NamedTuple):
     """How a leaf quantizes its input: leaves of equal readings make the same codes of it.
 
     digest: of its grids, balance and rotation. own: whether there are any, so that only layers that read one tensor
-    have it in common (they are calibrated as one: `observe.ModelObserver`).
+    have it in common (they are calibrated as one: `observe.model.ModelObserver`).
     """
 
     digest: bytes

@@ -63,7 +63,7 @@ def size_of(scheme: Scheme, statistics: LayerStatistics) -> int:
     """`LayerState.nbytes` of what `solve_layer` will make of an integer scheme."""
     channels, entries = statistics.shape[0], math.prod(statistics.shape)
     size = entries * scheme.weight_bits // 8 + 4 * channels
-    if scheme.group:
+    if scheme.grouped:
         size += 2 * entries // scheme.group
     size += sum(part.nbytes for part in folded(scheme, statistics) if part is not None)
     if scheme.activation == STATIC:

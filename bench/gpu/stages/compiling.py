@@ -202,7 +202,7 @@ def layers_of(model: str) -> list[NetworkLayer]:
 
 
 def _weight(geometry: Geometry, group: int) -> launch.Prepared:
-    """As `triton_backend.prepare` makes it, of nothing: only types, shapes and addresses count."""
+    """As `backend.prepare` makes it, of nothing: only types, shapes and addresses count."""
     n = geometry.shape[0]
     columns = geometry.shape[1] * (geometry.shape[2] * geometry.shape[3] if geometry.is_conv else 1)
     scale, sums = torch.empty(n), torch.empty(n, dtype=torch.int32)

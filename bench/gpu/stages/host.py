@@ -33,7 +33,7 @@ def cases(job: Job) -> list[Case]:
         "Linear per token": lambda: _linear(device, DYNAMIC), "Conv fp16": lambda: _float_conv(device),
         "Conv static": lambda: _conv(device, False), "Conv with its norm": lambda: _conv(device, True),
     }  # fmt: skip
-    return [Case(name, lambda make=make: _measure(make, device)) for name, make in found.items()]  # type: ignore[misc]
+    return [Case(name, lambda make=make: _measure(make, device), 60.0) for name, make in found.items()]  # type: ignore[misc]
 
 
 Made = tuple[Callable[[torch.Tensor], Any], torch.Tensor, str]

@@ -21,6 +21,12 @@ from ...runtime.fused import PLAIN, Fused
 from ...runtime.tables import Tables
 from .residual import Residual
 
+# Runtime state that the host hangs on a module; a copy that computes on its own must not share it.
+HOST_STATE = (
+    "_v", "_v_weight", "_v_bias", "_v_signature", "_prefetch", "_pins", "_pin_state", "comfy_patched_weights",
+    "weight_lowvram_function", "bias_lowvram_function",
+)  # fmt: skip
+
 
 class _WithoutPatches(list):
     """Weight functions, less the merging of patches: a patch is in `residuals` already and would count twice."""
@@ -154,7 +160,9 @@ class HostLeaf(nn.Module, comfy.ops.CastWeightBiasOp):
             memo[id(self.weight)] = nn.Parameter(self.weight.clone(), requires_grad=False)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__reduce_ex__(2)[2], memo))
+        state: Any = self.__reduce_ex__(2)[2]
+        # A second one of these would free the memory of the first.
+        twin.__setstate__(copy.deepcopy({k: v for k, v in state.items() if k not in HOST_STATE}, memo))
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> HostLeaf:

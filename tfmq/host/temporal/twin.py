@@ -8,11 +8,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-# Runtime state that the host hangs on a module; a copy that computes on its own must not share it.
-_HOST_STATE = (
-    "_v", "_v_weight", "_v_bias", "_v_signature", "_prefetch", "_pins", "_pin_state", "comfy_patched_weights",
-    "weight_lowvram_function", "bias_lowvram_function",
-)  # fmt: skip
+from ..leaf.base import HOST_STATE
 
 
 def twin(module: nn.Module, key: str, patcher: ModelPatcher, like: Tensor) -> nn.Module:
@@ -25,7 +21,7 @@ def twin(module: nn.Module, key: str, patcher: ModelPatcher, like: Tensor) -> nn
     }
     copied._buffers = {n: None if b is None else b.to(like.device) for n, b in module._buffers.items()}
     copied._parameters = {}
-    for state in _HOST_STATE:
+    for state in HOST_STATE:
         copied.__dict__.pop(state, None)
     for name, parameter in module._parameters.items():
         full = f"{key}.{name}"

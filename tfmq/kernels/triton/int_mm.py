@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ...geometry import Codes, Geometry, StaticInput
 from .. import int_mm
+from ..int8_product import int8_product
 from ..int_mm import MIN_ROWS, MULTIPLE, PATCH_BYTES
 from ..rates import Passes, gathers, no_int8
 from . import backend as triton_backend
@@ -38,19 +39,19 @@ def missing(device: torch.device) -> str | None:
 
 
 def prepare(codes: Tensor, scale: Tensor, geometry: Geometry, sums: Tensor | None = None) -> Prepared:
-    """As `triton_backend.prepare`, with rows of zeros up to a multiple of 8."""
+    """As `backend.prepare`, with rows of zeros up to a multiple of 8."""
     ready = triton_backend.prepare(codes, scale, geometry, sums)
     more = -codes.shape[0] % MULTIPLE
     return ready._replace(codes=F.pad(ready.codes, (0, 0, 0, more))) if more else ready
 
 
 def view(weight: Prepared) -> Tensor:
-    """As `triton_backend.view`."""
+    """As `backend.view`."""
     return triton_backend.view(weight._replace(codes=weight.codes[: weight.scale.shape[0]]))
 
 
 def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
-    """As `triton_backend.linear_static`."""
+    """As `backend.linear_static`."""
     if torch.compiler.is_compiling():
         return int_mm.linear_static(x, _plain(weight), grid, bias)
     return multiply(quantize_static(x, weight, grid), weight, bias)
@@ -59,19 +60,19 @@ def linear_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor |
 def linear_dynamic(
     x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bias: Tensor | None, bits: int = 8
 ) -> Tensor:
-    """As `triton_backend.linear_dynamic`."""
+    """As `backend.linear_dynamic`."""
     if torch.compiler.is_compiling():
         return int_mm.linear_dynamic(x, _plain(weight), inverse_balance, bias, bits)
     return multiply(quantize_dynamic(x, weight, inverse_balance, bits), weight, bias)
 
 
 def quantize_static(x: Tensor, weight: Prepared, grid: StaticInput) -> Codes:
-    """As `triton_backend.quantize_static`."""
+    """As `backend.quantize_static`."""
     return triton_backend.quantize_static(_readable(x), weight, grid)._replace(dtype=x.dtype)
 
 
 def quantize_dynamic(x: Tensor, weight: Prepared, inverse_balance: Tensor | None, bits: int = 8) -> Codes:
-    """As `triton_backend.quantize_dynamic`."""
+    """As `backend.quantize_dynamic`."""
     return triton_backend.quantize_dynamic(_readable(x), weight, inverse_balance, bits)._replace(dtype=x.dtype)
 
 
@@ -87,7 +88,7 @@ def multiply(codes: Codes, weight: Prepared, bias: Tensor | None) -> Tensor:
 
 
 def conv2d_static(x: Tensor, weight: Prepared, grid: StaticInput, bias: Tensor | None) -> Tensor:
-    """As `triton_backend.conv2d_static`; groups == 1."""
+    """As `backend.conv2d_static`; groups == 1."""
     if torch.compiler.is_compiling():
         return _plain_convolution(x, weight, grid, bias)
     from . import launch
@@ -132,7 +133,7 @@ def _product(
         return
     if m < MIN_ROWS:
         q = F.pad(q, (0, 0, 0, MIN_ROWS - m))
-    sums = torch._int_mm(q, weight.codes.t())[:m, :n].contiguous()
+    sums = int8_product(q, weight.codes)[:m, :n].contiguous()
     launch.finish(sums, weight, grid, rows, None if bias is None else _readable(bias), out)
 
 

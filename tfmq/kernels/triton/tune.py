@@ -164,6 +164,9 @@ class Tuner:
         if kept is not None and tuple(kept) in {tuple(tile) for tile in ordered}:
             tile = Tile(*kept)
             tell(shape, 0, 1)  # it may have to be compiled
+            if time is not None and not _untimed.get() and not capturing() and quickest([tile], time, 1) is None:
+                # Another driver or assembler than the one that it was timed with.
+                tile = _first_that_runs([one for one in ordered if one != tile], time) or ordered[0]
         elif time is None or _untimed.get() or capturing():
             return ordered[0]  # not remembered: a later call may be free to time
         else:
@@ -172,6 +175,7 @@ class Tuner:
             best = quickest(worth, time, told=lambda done: tell(shape, done, len(worth))) or _first_that_runs(
                 [tile for tile in ordered if tile not in worth], time
             )
+            tell(shape, len(worth), len(worth))
             if best is None:  # remembered, so that not every call tries all of them again; not kept on disk
                 logging.warning("TFMQ: no tile could be timed for %s on %s", shape, at.name)
             else:
