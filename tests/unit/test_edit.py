@@ -48,6 +48,9 @@ def test_bits_alone(plan: Plan, calibration: Calibration) -> None:
     assert (changed.layers["a"].weight_bits, changed.layers["a"].group) == (8, 0)
     assert "conv" not in changed.layers and changed.left["conv"] == "asked for in the plan"
     assert "asked for in the plan" in changed.reasons["a"]
+    assert changed.layers["odd"] == plan.layers["odd"]
+    back = edited(changed, json.dumps({"layers": {"conv": 4}}), calibration, KEEP)
+    assert back.layers["conv"] == plan.layers["conv"] and "conv" not in back.left
 
 
 def test_bits_changed_in_a_report_and_back(plan: Plan, calibration: Calibration) -> None:
@@ -59,9 +62,6 @@ def test_bits_changed_in_a_report_and_back(plan: Plan, calibration: Calibration)
     back = eight.to_json()
     back["layers"]["a"]["weight_bits"] = 4
     assert edited(plan, json.dumps(back), calibration, KEEP).layers["a"] == plan.layers["a"]
-    assert changed.layers["odd"] == plan.layers["odd"]
-    back = edited(changed, json.dumps({"layers": {"conv": 4}}), calibration, KEEP)
-    assert back.layers["conv"] == plan.layers["conv"] and "conv" not in back.left
 
 
 def test_single_fields(plan: Plan, calibration: Calibration) -> None:

@@ -37,6 +37,20 @@ def test_the_shipped_tiles_say_that_they_were_not_measured() -> None:
             assert all(x & (x - 1) == 0 for x in (tile.m, tile.n, tile.k, tile.warps)) and tile.split == 1
 
 
+def test_a_kept_tile_that_no_longer_runs_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    tiles = triton_tune.candidates(LAYER, GPU)
+    assert Tuner(path).choose(LAYER, GPU, times(tiles[2])) == tiles[2]
+
+    def time(tile: Tile) -> float:
+        if tile in (tiles[0], tiles[2]):
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0
+
+    assert Tuner(path).choose(LAYER, GPU, time) == tiles[1]
+    assert Tuner(path).choose(LAYER, GPU, None) == tiles[2]  # where nothing can be tried the file is believed
+
+
 @pytest.mark.parametrize("m", [1, 17, 128, 512, 2048, 8192, 32768])
 @pytest.mark.parametrize("n", [4, 320, 1280, 10240])
 def test_the_estimate_fills_the_gpu_and_wastes_little(m: int, n: int) -> None:
@@ -63,7 +77,8 @@ def test_a_shape_is_timed_once_and_kept(tmp_path: Path) -> None:
     count = len(calls)
     assert tuner.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
     other = Tuner(path)
-    assert other.choose(LAYER, GPU, times(None, calls)) == best and len(calls) == count
+    assert other.choose(LAYER, GPU, times(None, calls)) == best and calls[count:] == [best]  # whether it still runs
+    count = len(calls)
     assert other.choose(LAYER._replace(m=64), GPU, times(None, calls)) and len(calls) > count
     assert other.choose(LAYER, GPU._replace(name="another GPU"), None) == triton_tune.candidates(LAYER, GPU)[0]
     assert len(triton_tune.read(path)) == 2  # both processes' shapes

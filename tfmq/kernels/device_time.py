@@ -16,7 +16,7 @@ import torch
 RUNS = 10  # per measurement
 TRIES = 4  # with a longer wait each, where the host was too slow
 CYCLES = 3e9  # of a GPU's clock in a second, at least: a wait may be too long, and one too short is seen
-LONGEST = 0.05  # of such a wait: where launches block (CUDA_LAUNCH_BLOCKING, a profiler), none is long enough
+LONGEST = 0.1  # of such a wait: where launches block (CUDA_LAUNCH_BLOCKING, a profiler), none is long enough
 SHORTEST = 5e-4  # seconds that the device is kept busy at first: about RUNS launches of 30 us, with room
 
 
