@@ -1,4 +1,4 @@
-"""All that a GPU can tell about this pack, in one command of a few minutes, on a machine with torch and Triton alone.
+"""All that a GPU can tell about this pack, in one command of a few minutes, with torch, Triton and safetensors.
 
     python3 -m bench.gpu_check --budget SECONDS --out FOLDER [--device cpu|cuda] [--host FOLDER]
 
