@@ -1,9 +1,10 @@
 """Time of one UNet step, ours against the others: SD1.5 at 512 x 512 and SDXL at 1024 x 1024, batch 2.
 
-`python dev.py bench speed --device cpu --json F`. Needs torch, triton, numpy and safetensors; random weights, so scaled
-that activations keep unit size. The contenders take turns, so that a machine that slows down slows all of them: `median_s`
-is each one's median, `ratio` the median of its time over ours W8A8 in the same round. A JSON that is there already is
-added to, contender by contender, so that a long measurement can be made in pieces (`--contenders`, `--models`).
+`python dev.py bench speed --device cpu --json F`. Needs torch, triton, numpy and safetensors; random weights, so
+scaled that activations keep unit size. The contenders take turns, so that a machine that slows down slows all of them:
+`median_s` is each one's median, `ratio` the median of its time over ours W8A8 in the same round. A JSON that is there
+already is added to, contender by contender, so that a long measurement can be made in pieces (`--contenders`,
+`--models`).
 """
 
 from __future__ import annotations
