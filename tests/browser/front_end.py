@@ -29,8 +29,6 @@ NOISE = {
     "huggingface.co/Comfy-Org/z_image_turbo": "sizes of the start-up graph's models",
     # Front end 1.47 asks for a style sheet of the person's own at a place where its server never has one.
     "/user.css": "no style sheet of the person's own",
-    # Front end 1.47, in its Vue, when a node of the page is gone already; seen on a busy machine. We have no scripts.
-    "vendor-vue-core": "the front end's own page",
     # Front end 1.47 logs this while it starts.
     "ComfyApp graph accessed before initialization": "start-up order of the front end",
 }
@@ -95,6 +93,10 @@ class FrontEnd:
         text = f"{message.text} ({message.location.get('url')})"
         if message.type == "error" and not any(known in text for known in NOISE):
             self.errors.append(text)
+
+    def complaints(self) -> list[str]:
+        """`errors`, less those of Vue itself: of the front end's own page, on a busy machine. We have no scripts."""
+        return [error for error in self.errors if "vendor-vue-core" not in error]
 
     def drop(self, name: str, workflow: dict[str, Any]) -> None:
         """Drop a workflow file on the canvas, and wait until its nodes stand there."""

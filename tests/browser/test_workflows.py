@@ -17,7 +17,7 @@ def test_an_example_loads_without_a_complaint(page: FrontEnd, name: str):
     page.drop(name, workflow.load(WORKFLOWS / f"{name}.json"))
     page.page.wait_for_timeout(1500)  # what is wrong is reported a moment later
     assert page.missing() == []
-    assert page.errors == []
+    assert page.complaints() == []
     assert page.dialogs() == []
 
 
@@ -59,4 +59,4 @@ def test_both_examples_run_from_the_browser(page: FrontEnd):
     page.set("KSampler", **SAMPLING)
     page.run()  # the file's name is as shipped: what the other example saves first
     assert page.pictures("SaveImage") == [[64, 64]]
-    assert page.errors == []
+    assert page.complaints() == []
