@@ -42,7 +42,7 @@ def test_a_bar_while_kernels_are_compiled(shown, caplog, expected):
     run, tuner = first_run.FirstRun(expected), tune.Tuner(None)
     assert float(run(network(tuner, SHAPES), torch.ones(()), torch.ones(()))) == 2
     values, totals = zip(*shown, strict=True)
-    assert list(values) == sorted(values) and values[0] == 0 and len(values) == len(SHAPES) * (tune.TRIED + 1)
+    assert list(values) == sorted(values) and values[0] == 0 and len(values) == len(SHAPES) * tune.TRIED + 1
     assert totals[-1] == max(expected, len(SHAPES)) * tune.TRIED and values[-1] == len(SHAPES) * tune.TRIED
     lines = [r.getMessage() for r in caplog.records if "compiling int8 kernels" in r.getMessage()]
     assert len(lines) == 1 and f"0 of about {expected} done, {expected} left" in lines[0]
