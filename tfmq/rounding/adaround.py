@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..formats import int4
+from ..formats.rectified import MARGIN, WIDTH, alpha_of
 from . import tree
 from .layer import Layer, Rows, grid_to
 
@@ -197,7 +198,7 @@ class _Soft:
         self.step = laid_out(step)
         self.base = laid_out((floor - zero) * step)
         h = torch.where(codes > floor, START, 1 - START)
-        self.alpha = torch.nn.Parameter(torch.logit((laid_out(h) + 0.1) / 1.2))
+        self.alpha = torch.nn.Parameter(alpha_of(laid_out(h)))
         self._h = torch.empty_like(self.alpha)
         self._slope = torch.empty_like(self.alpha)
         self._weight = torch.empty_like(self.alpha).requires_grad_()
@@ -206,9 +207,9 @@ class _Soft:
     @torch.no_grad()
     def weight(self) -> Tensor:
         torch.sigmoid(self.alpha, out=self._work)
-        torch.mul(self._work, 1.2, out=self._h).sub_(0.1)
-        # Slope of h: 1.2 s (1 - s) where it is not clipped.
-        torch.mul(self._work, self._work, out=self._slope).neg_().add_(self._work).mul_(1.2)
+        torch.mul(self._work, WIDTH, out=self._h).sub_(MARGIN)
+        # Slope of h: WIDTH s (1 - s) where it is not clipped.
+        torch.mul(self._work, self._work, out=self._slope).neg_().add_(self._work).mul_(WIDTH)
         inside = self._h.clamp(0, 1)
         self._slope.mul_(inside == self._h)
         self._h = inside

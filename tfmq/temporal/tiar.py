@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..formats.gptq import factors, places
+from ..formats.rectified import alpha_of, rectified
 from .features import TemporalGraph
 from .fsc import (
     FiniteSet,
@@ -216,7 +217,7 @@ class _Joint:
             up = codes.float() > floor
             h = torch.where(up, START, 1 - START)
             self.floor[path] = floor
-            self.alpha[path] = torch.logit((h + 0.1) / 1.2).requires_grad_()
+            self.alpha[path] = alpha_of(h).requires_grad_()
         self.optimizer = torch.optim.Adam(self.alpha.values(), lr=1.0)
 
     def step(self, step: int, steps: int, batch: int, rate: float, seed: int) -> None:
@@ -231,7 +232,7 @@ class _Joint:
             if share > 0:
                 beta = BETA[0] + (BETA[1] - BETA[0]) * share
                 for alpha in self.alpha.values():
-                    loss = loss + REGULARIZER * (1 - (2 * _rectified(alpha) - 1).abs().pow(beta)).sum()
+                    loss = loss + REGULARIZER * (1 - (2 * rectified(alpha) - 1).abs().pow(beta)).sum()
             self.optimizer.zero_grad()
             assert isinstance(loss, Tensor)
             loss.backward()
@@ -240,17 +241,13 @@ class _Joint:
     def _layer(self, path: str, x: Tensor) -> Tensor:
         x = x + (_fake_activation(x.detach()) - x).detach()  # straight through the rounding
         scale, zero = self.grids[path]
-        weight = (self.floor[path] + _rectified(self.alpha[path]) - zero.unsqueeze(1)) * scale.unsqueeze(1)
+        weight = (self.floor[path] + rectified(self.alpha[path]) - zero.unsqueeze(1)) * scale.unsqueeze(1)
         return torch.nn.functional.linear(x, weight, self.graph.layers[path].bias)
 
     def codes(self) -> dict[str, Codes]:
         found = {}
         for path, alpha in self.alpha.items():
             scale, zero = self.grids[path]
-            codes = self.floor[path] + (_rectified(alpha.detach()) >= 0.5)
+            codes = self.floor[path] + (rectified(alpha.detach()) >= 0.5)
             found[path] = (codes.clamp(0, self.top).to(torch.uint8), scale, zero.to(torch.int32))
         return found
-
-
-def _rectified(alpha: Tensor) -> Tensor:
-    return (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
