@@ -76,7 +76,7 @@ def _release(patcher: ModelPatcher) -> None:
 
 
 def rotation_of(inputs: int) -> int | None:
-    """The group size for a layer with so many inputs, or None."""
+    """The group size for a layer, or None."""
     return next((size for size in ROTATIONS if inputs % size == 0), None)
 
 

@@ -52,7 +52,7 @@ class Kept:
         return self.files.read_calibration(file), json.loads(clock.read_text())["seconds"]
 
     def place(self, variant: str, entry: str, anew: bool) -> Path:
-        """Where what is found on the way to an entry goes; emptied where it shall be timed."""
+        """Where what is found on the way to an entry goes; emptied where it is to be timed."""
         folder = self.folder / "on the way" / variant / entry
         if anew:
             shutil.rmtree(folder, ignore_errors=True)

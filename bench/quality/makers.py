@@ -109,7 +109,7 @@ def _nf4(source: Source) -> Any:
 
 
 def in_bytes(source: Source, size: int, rounding: str) -> Any:
-    """The MODEL of a mixed plan of at most so many bytes, or None if there is none so small."""
+    """The MODEL of a mixed plan of at most `size` bytes, or None if there is none so small."""
     try:
         return preset("best under a size", budget=size, rounding=rounding)(source)
     except source.module("errors").TfmqError:
@@ -134,7 +134,7 @@ def dominated(
 ) -> dict[str, dict[str, Any]]:
     """For each entry, the best PSNR of a mixed plan of at most its bytes that is known, and whether it is as good.
 
-    measure: entry and bytes -> `bytes` and `psnr_db` of the mixed plan of at most so many, or None if there is none so
+    measure: entry and bytes -> `bytes` and `psnr_db` of the mixed plan of at most these, or None if there is none so
     small. A plan that was good enough for a smaller entry is not made anew. psnr_db None: identical pictures.
     float16 is the plan that leaves every layer in float.
     """

@@ -223,7 +223,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def _input_count(size: int, device: Any) -> int:
-    """Inputs of so many bytes that together exceed the cache twice."""
+    """How many inputs of `size` bytes exceed the cache twice."""
     import torch
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Which layer gets how many bits: the least error within so many bytes, or the fewest bytes within so much error.
+"""Which layer gets how many bits: the least error in a number of bytes, or the fewest bytes for an error.
 
 Every layer offers options, each with its bytes and its error: the squared error that this layer alone brings into the
 network's prediction. Errors of different layers are taken as independent, so that their squares add up. A

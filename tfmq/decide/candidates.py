@@ -50,7 +50,7 @@ AFTER_FEEDBACK = 1 / 7
 
 
 def scheme_of(recipe: Recipe, statistics: LayerStatistics, weight_bits: int, costs: Costs = FREE) -> tuple[Scheme, str]:
-    """Scheme of one layer at so many bits per weight, and the reason in a line."""
+    """Scheme of one layer at `weight_bits` per weight, and the reason in a line."""
     if recipe.weight_format != INT and statistics.kind == "linear" and (weight_bits, recipe.activation_bits) == (4, 16):
         return Scheme(4, 16, NONE, weight_format=recipe.weight_format), "weight alone"
     group, note = 0, ""

@@ -26,7 +26,7 @@ LARGEST = 256
 
 
 def group_of(channels: int) -> int:
-    """Block size for so many input channels: the largest power of two up to 256 that divides them, or 0 under 16."""
+    """Block size for these input channels: the largest power of two up to 256 that divides them, or 0 under 16."""
     group = min(channels & -channels, LARGEST)
     return group if group >= SMALLEST_GROUP else 0
 

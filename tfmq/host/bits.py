@@ -35,7 +35,7 @@ from .network import Network
 from .replay import replayed
 
 FLOAT = 16
-INTERVALS, ROWS = 6, 2  # of the samples: so many intervals, so many rows of each
+INTERVALS, ROWS = 6, 2  # intervals of the samples, and rows of each
 MEGABYTE = 1e6
 KIND = "sensitivity"
 

@@ -18,7 +18,7 @@ class Costs:
     narrow: float = 0.0
 
     def per_token(self, channels: int) -> float:
-        """Of a per-token layer of so many input channels."""
+        """Of a per-token layer. channels: of its input."""
         return max(self.dynamic, self.narrow) if channels <= NARROW else self.dynamic
 
     def of_rotation(self, shape: tuple[int, ...], group: int, permutations: int = 0, balanced: bool = False) -> float:

@@ -153,7 +153,7 @@ def restore(weight: Prepared) -> Tensor:
 
 
 def _in_parts(weight: Prepared, count: int) -> tuple[Tensor, ...]:
-    """A Linear's weight in so many parts of the output channels, in which it stays."""
+    """A Linear's weight in `count` parts of the output channels, in which it stays."""
     packed = weight.packed
     if len(packed) != count:
         parts = restore(weight).chunk(count)
@@ -224,7 +224,7 @@ def _quantize(rows: Tensor, affine: _Affine | _Activated, out: Tensor) -> None:
 
 
 def _step(width: int) -> int:
-    """How many rows of so many entries make a block."""
+    """How many rows of `width` entries make a block."""
     return max(1, BLOCK * torch.get_num_threads() // width)
 
 

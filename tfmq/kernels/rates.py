@@ -70,7 +70,7 @@ def slower(device: torch.device, geometry: Geometry, passes: Passes) -> str | No
     at = rates(device)
     n, c, *kernel = geometry.shape
     taps = kernel[0] * kernel[1] if kernel else 1
-    # A row of a strided convolution stands for so many pixels of the input.
+    # A row of a strided convolution stands for this number of pixels of the input.
     pixels = geometry.stride[0] * geometry.stride[1] if geometry.is_conv else 1
     saved = 2.0 * n * c * taps * (1.0 - 1.0 / at.gain)
     gathered = passes.gathered * c * taps if gathers(geometry) else 0.0

@@ -98,7 +98,7 @@ class LayerObserver:
                 self.rotated.observe(rows, interval, of)
 
     def _sample(self, rows: Tensor, entries: int) -> Tensor:
-        """Some of the rows of an input that has so many entries."""
+        """Some of the rows of an input. entries: that it has."""
         step = -(-entries // SAMPLE)
         # A start that moves from call to call, so that no fixed set of pixels is all that is ever seen.
         return rows[self.calls * 7919 % step :: step]

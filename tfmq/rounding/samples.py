@@ -13,7 +13,7 @@ from ..errors import TfmqError
 # Rows per pass: odd numbers that no other dimension of a tensor is likely to be a multiple of.
 BATCHES = (31, 17, 7, 5, 3, 2)
 LEAST_ROWS = 8
-HELD_OUT = 8  # one batch in so many judges and does not teach
+HELD_OUT = 8  # one batch in this number judges and does not teach
 
 
 @dataclass(frozen=True)

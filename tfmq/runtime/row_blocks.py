@@ -35,7 +35,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor, width: int, least
 
 
 def gated_blocks(width: int, scheme: Scheme) -> tuple[int, int]:
-    """`width` and `least` of a network that begins with a Linear of so many outputs and its GEGLU.
+    """`width` and `least` of a network that begins with a Linear of `width` outputs and its GEGLU.
 
     Where the layer is static a backend may compute the two as one, and what lies behind it is half as wide.
     """

@@ -1,4 +1,4 @@
-"""Disturbance-aware selection: how each temporal feature shall be maintained, by its measured error and its bytes.
+"""Disturbance-aware selection: how each temporal feature is kept, by its measured error and its bytes.
 
 The journal version of TFMQ-DM (Temporal Feature Matters, 2407.19547) lets the error of the temporal features decide
 between quantized modules and cached features. Here the whole choice is on the table: integer weights, rows of a cache,

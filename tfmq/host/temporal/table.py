@@ -212,7 +212,7 @@ class TableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
-        if self.rows is None:  # only read by other layers of the table, which do not look at it; who does shall notice
+        if self.rows is None:  # only read by other layers of the table, which do not look at it; whoever does notices
             return x.new_full(shape, torch.nan)
         now = self.moment
         if now.weights is None:
