@@ -32,7 +32,7 @@ class Passes(NamedTuple):
     gathered: float = 0.0
 
 
-# A card of each kind with which an integer product pays little; by data sheets, not all were compared. GeForce cards add
+# A card of each kind with which an integer product pays little; by data sheets, not all of them. GeForce cards add
 # float16 products up in float32 at half their rate, so that int8 is four times as fast there, twice elsewhere.
 GEFORCE = {7: Rates(90.0, 4.0), 8: Rates(164.0, 4.0)}  # RTX 2080: 40.3e12 / 448e9; RTX 4090: 165.2e12 / 1008e9
 OTHERS = {7: Rates(203.0, 2.0), 8: Rates(419.0, 2.0)}  # T4: 65e12 / 320e9; L40S: 362e12 / 864e9
